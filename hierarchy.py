@@ -1,0 +1,432 @@
+"""The hierarchy: what one level learns to do in its imagination, and how the levels share one life.
+
+Level 0 sees the game and plays it. Level i+1 sees the states of level i, acts k = 4 times more rarely, and its action
+is a *subgoal* for level i: a point in level i's own state space where it should go. One line an env step:
+
+    t        0  1  2  3  4  5  6  7  8 ... 16
+    level 0  *  *  *  *  *  *  *  *  *      *      sees o_t, acts in the game
+    level 1  *           *           *      *      sees its last 4 level-0 states, up to and including t
+    level 2  *                              *      sees its last 4 level-1 states
+
+Within one env step information first flows up (each ticking level updates its state), then intentions flow down (each
+ticking level chooses; its choice is held by the level below until the next tick; level 0 acts).
+
+Papers: Hieros (Mattes et al. 2024, arXiv 2310.05167), Section 3.2 and 3.3; Director (Hafner et al. 2022, arXiv 2206.04114) for
+subgoal autoencoder and cosine-max; DreamerV3 (arXiv 2301.04104) for the actor-critic. Read world_model.py before.
+
+Symbols beside those of world_model.py:
+    L, k       number of levels; a level ticks every k ticks of the level below
+    N          states imagined from, or environments played, side by side
+    g, g_h     (N,8*8) subgoal code, 8 one-hots of 8 classes; (N,H) the same decoded into the level's h-space
+    R          rewards of a level: extrinsic, subgoal (where there is a level above), novelty (where there is one below)
+"""
+
+import copy
+
+import numpy as np
+import torch
+from torch import nn
+
+from world_model import MLP, TwoHot, WorldModel, entropy, sample_onehot, straight_through, symlog, unimix
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Rewards and returns
+# ---------------------------------------------------------------------------------------------------------------
+
+def cosine_max(goal, h):
+    """max(0, goal . h) / max(|goal|, |h|)^2 over the last dimension: 1 only where h *is* the goal (Director, Eq. 8).
+
+    A plain cosine would be satisfied by the right direction at any length.
+    """
+    longer = torch.maximum(goal.square().sum(-1), h.square().sum(-1))
+    return (goal * h).sum(-1).clamp(min=0) / longer.clamp(min=1e-8)
+
+
+def lambda_return(reward, discount, value, lam):
+    """R_t = r_{t+1} + d_{t+1} ((1 - lam) v_{t+1} + lam R_{t+1}), R_horizon = v_horizon (DreamerV3, Eq. "critic").
+
+    reward, discount, value: (horizon, ...) at states 1 ... horizon. Returns R at states 0 ... horizon-1.
+    """
+    returns, last = [], value[-1]
+    for t in reversed(range(len(reward))):
+        last = reward[t] + discount[t] * ((1 - lam) * value[t] + lam * last)
+        returns.append(last)
+    return torch.stack(returns[::-1])
+
+
+class ReturnNormaliser(nn.Module):
+    """Scale of each reward's returns: a running mean of their 5-95 percentile range, never below `floors` (R,).
+
+    Without a floor, returns that are all alike would have their noise blown up to full size.
+    """
+
+    def __init__(self, floors, decay=0.99):
+        super().__init__()
+        self.decay = decay
+        self.register_buffer("floors", torch.tensor(floors), persistent=False)
+        self.register_buffer("percentiles", torch.tensor([0.05, 0.95]), persistent=False)
+        self.register_buffer("range", torch.zeros(len(floors)))
+        self.register_buffer("updates", torch.zeros(()))
+
+    def forward(self, returns):
+        """(..., R) returns of this update -> (R,) scale to divide by."""
+        low, high = torch.quantile(returns.flatten(0, -2), self.percentiles, 0)
+        self.updates += 1
+        # A plain mean at first, so that the initial zero is forgotten at once and not over 1/(1 - decay) updates.
+        share = torch.clamp(1 / self.updates, min=1 - self.decay)
+        self.range += share * (high - low - self.range)
+        return torch.maximum(self.range, self.floors)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Networks of a level
+# ---------------------------------------------------------------------------------------------------------------
+
+class SubgoalAutoencoder(nn.Module):
+    """Compresses h to a code of 8 x 8 one-hots and back. One network, two jobs (Hieros, Section 3.2).
+
+    *Decoding*: the level above acts by choosing a code; this decoder says which h it stands for.
+    *Novelty*: h is reconstructed badly where the level has seldom been.
+    """
+
+    def __init__(self, hidden, code_shape, units, mlp_layers):
+        super().__init__()
+        self.code_shape = code_shape
+        size = code_shape[0] * code_shape[1]
+        self.encoder = MLP(hidden, size, units, mlp_layers)
+        self.decoder = MLP(size, hidden, units, mlp_layers)  # ends linear: h may have any sign and size
+
+    def decode(self, code):
+        """(..., 8*8) -> g_h (..., H)."""
+        return self.decoder(code).float()
+
+    def loss(self, h):
+        """(loss, novelty (...)): squared error + 0.5 KL(code || uniform), mean over states; mean squared error of each."""
+        log_q = unimix(self.encoder(h).float().unflatten(-1, self.code_shape))
+        error = (self.decode(straight_through(log_q).flatten(-2)) - h).square()
+        # KL to the uniform distribution = its entropy minus ours. It keeps all codes in use, so that whatever the
+        # level above chooses means something.
+        uniform = self.code_shape[0] * np.log(self.code_shape[1])
+        return (error.sum(-1) + 0.5 * (uniform - entropy(log_q))).mean(), error.mean(-1).detach()
+
+
+class Actor(nn.Module):
+    """A policy of n independent categoricals of `classes`: (1, game actions) at level 0, the code's (8, 8) above."""
+
+    def __init__(self, inputs, action_shape, units, mlp_layers):
+        super().__init__()
+        self.action_shape = action_shape
+        self.net = MLP(inputs, action_shape[0] * action_shape[1], units, mlp_layers, zero_init=True)
+
+    def forward(self, feature):
+        """(..., inputs) -> log-probabilities (..., n, classes)."""
+        return unimix(self.net(feature).float().unflatten(-1, self.action_shape))
+
+
+class Critics(nn.Module):
+    """One two-hot critic a reward: one network could not tell a step towards the subgoal from a step towards the score."""
+
+    def __init__(self, inputs, rewards, units, mlp_layers):
+        super().__init__()
+        self.twohot = TwoHot()
+        self.nets = nn.ModuleList(MLP(inputs, len(self.twohot.bins), units, mlp_layers, zero_init=True)
+                                  for _ in range(rewards))
+
+    def forward(self, feature):
+        """(..., inputs) -> two-hot logits (..., R, bins)."""
+        return torch.stack([net(feature).float() for net in self.nets], -2)
+
+
+class Optimiser:
+    """Adam with the gradient norm clipped; `step` returns the norm. No weight decay (the published code's AdamW has)."""
+
+    def __init__(self, module, lr, eps, clip):
+        self.parameters, self.clip = list(module.parameters()), clip
+        fused = self.parameters[0].device.type != "meta"  # one kernel for all parameters
+        self.adam = torch.optim.Adam(self.parameters, lr, eps=eps, fused=fused, foreach=not fused)
+
+    def step(self, loss):
+        self.adam.zero_grad()
+        loss.backward()
+        norm = nn.utils.clip_grad_norm_(self.parameters, self.clip)
+        self.adam.step()
+        return norm
+
+
+def onehot(index, classes, first=0):
+    """(...) integers -> (..., classes): class c is the number first + c; a number outside gives zeros."""
+    return (index[..., None] == torch.arange(first, first + classes, device=index.device)).float()
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# One level
+# ---------------------------------------------------------------------------------------------------------------
+
+class Level(nn.Module):
+    """World model, subgoal autoencoder, actor and critics of one level, and how they learn from a replay batch.
+
+    observation_shape: as for WorldModel. action_shape, subgoal_shape: (categoricals, classes) of the action and of the
+    subgoal that it is given; (0, 8) at the top, where no one gives any; code_shape: of every subgoal. rewards: {name:
+    weight}. model: keyword arguments of WorldModel. horizon: imagined steps; starts: imagined rollouts an update (at
+    most B*T).
+    """
+
+    # Returns of the game are worth their own noise only from about one point on; those of the other two rewards live
+    # on far smaller scales (one step gives at most 1, or an error of h near 0.01), so a floor of 1 would mute them.
+    FLOORS = {"extrinsic": 1.0, "subgoal": 0.1, "novelty": 0.01}
+
+    def __init__(self, observation_shape, action_shape, subgoal_shape, code_shape, rewards, model, horizon=16,
+                 starts=1024, gamma=0.997, lam=0.95, entropy_scale=3e-4, slow=0.02, model_lr=1e-4, actor_lr=3e-5,
+                 critic_lr=3e-5, autoencoder_lr=1e-4):
+        super().__init__()
+        self.action_shape, self.subgoal_shape, self.rewards = action_shape, subgoal_shape, rewards
+        self.horizon, self.starts, self.gamma, self.lam = horizon, starts, gamma, lam
+        self.entropy_scale, self.slow = entropy_scale, slow
+        self.world_model = WorldModel(observation_shape, action_shape[0] * action_shape[1], **model)
+        units, mlp_layers = model["units"], model["mlp_layers"]
+        inputs = self.world_model.feature_size + subgoal_shape[0] * subgoal_shape[1]
+        self.actor = Actor(inputs, action_shape, units, mlp_layers)
+        self.critics = Critics(inputs, len(rewards), units, mlp_layers)
+        self.slow_critics = copy.deepcopy(self.critics).requires_grad_(False)
+        self.autoencoder = SubgoalAutoencoder(self.world_model.hidden, code_shape, units, mlp_layers)
+        self.normaliser = ReturnNormaliser([self.FLOORS[name] for name in rewards])
+        self.register_buffer("weights", torch.tensor(list(rewards.values())), persistent=False)
+        self.optimisers = {"model": Optimiser(self.world_model, model_lr, 1e-8, 1000),
+                           "actor": Optimiser(self.actor, actor_lr, 1e-5, 100),
+                           "critic": Optimiser(self.critics, critic_lr, 1e-5, 100),
+                           "autoencoder": Optimiser(self.autoencoder, autoencoder_lr, 1e-6, 100)}
+
+    def policy(self, state, subgoal):
+        """Draw an action (N, n*classes) for N States and subgoal codes (N, 8*8)."""
+        return sample_onehot(self.actor(torch.cat([state.feature(), subgoal], -1))).flatten(-2)
+
+    def dense(self, batch):
+        """The observation of a replay batch as the world model sees it: floats, one-hot, stacked."""
+        if "observation" in batch:  # level 0: an image as bytes, channels last, or a vector
+            o = batch["observation"]
+            return o.movedim(-1, -3) / 255 - 0.5 if o.dtype == torch.uint8 else o
+        z = onehot(batch["z"], self.world_model.z_shape[1], first=1).flatten(-2)  # number 0: there was no state yet
+        return torch.cat([z, batch["h"]], -1).flatten(-2)
+
+    def update(self, batch):
+        """One training step of everything in this level, on a replay batch of tensors (B,T,...).
+
+        Returns metrics {name: scalar tensor}, still on the device.
+        """
+        action = onehot(batch["action"], self.action_shape[1]).flatten(-2)
+        subgoal = onehot(batch["subgoal"], self.subgoal_shape[1]).flatten(-2)
+
+        # 1. The world model, on real sequences.
+        loss, states, metrics = self.world_model.loss(self.dense(batch), action, batch["reward"], batch["is_first"],
+                                                      batch["is_terminal"])
+        metrics["model/grad_norm"] = self.optimisers["model"].step(loss)
+
+        # 2. Imagine from the states of the batch, each with the subgoal that was held there. Nothing comes after a
+        # terminal state: what is imagined from one has weight zero.
+        states = states.map(lambda field: field.flatten(0, 1))
+        subgoal, alive = subgoal.flatten(0, 1), 1 - batch["is_terminal"].flatten().float()
+        if self.starts < len(alive):
+            pick = torch.randperm(len(alive), device=alive.device)[:self.starts]
+            states, subgoal, alive = states.map(lambda field: field[pick]), subgoal[pick], alive[pick]
+        states, actions = self.world_model.imagine(states, lambda state: self.policy(state, subgoal), self.horizon)
+
+        # 3. Rewards of the states 1 ... horizon; the autoencoder learns on the way.
+        reward = {"extrinsic": states.reward[1:]}
+        if len(self.rewards) > 1:  # there is a level above or below; a flat agent has no use for subgoals
+            loss, reward["novelty"] = self.autoencoder.loss(states.h[1:])
+            metrics["autoencoder/loss"] = loss.detach()
+            metrics["autoencoder/grad_norm"] = self.optimisers["autoencoder"].step(loss)
+        if "subgoal" in self.rewards:
+            with torch.no_grad():
+                reward["subgoal"] = cosine_max(self.autoencoder.decode(subgoal), states.h[1:])
+        reward = torch.stack([reward[name] for name in self.rewards], -1)  # (horizon, N, R)
+
+        # 4. Actor and critics.
+        feature = torch.cat([states.feature(), subgoal.expand(len(states.h), -1, -1)], -1)
+        metrics |= self._behave(feature, actions, reward, self.gamma * states.cont[1:], alive)
+        return metrics
+
+    def _behave(self, feature, actions, reward, discount, alive):
+        """REINFORCE and the critics on imagined rollouts: feature (horizon+1,N,F), the rest (horizon,N,...)."""
+        twohot = self.critics.twohot
+        logits = self.critics(feature)  # (horizon+1, N, R, bins): evaluated once, with gradients
+        with torch.no_grad():
+            value = twohot.mean(logits)  # (horizon+1, N, R)
+            returns = lambda_return(reward, discount[..., None], value[1:], self.lam)
+            scale = self.normaliser(returns)
+            advantage = ((returns - value[:-1]) / scale * self.weights).sum(-1)  # (horizon, N)
+            # How likely it is that the episode has not ended before state t.
+            weight = torch.cumprod(torch.cat([alive[None], discount[:-1]]), 0)
+            slow_value = twohot.mean(self.slow_critics(feature[:-1]))
+
+        log_p = self.actor(feature[:-1])  # (horizon, N, n, classes)
+        # The joint probability of n independent choices: their log-probabilities are summed.
+        log_prob = (log_p * actions.unflatten(-1, self.action_shape)).sum((-2, -1))
+        policy_entropy = entropy(log_p)
+        actor_loss = -(weight * (log_prob * advantage + self.entropy_scale * policy_entropy)).mean()
+        # The slow copy holds the critic back, or it would chase its own bootstrapped predictions.
+        critic_loss = twohot.loss(logits[:-1], returns) + twohot.loss(logits[:-1], slow_value)  # (horizon, N, R)
+        critic_loss = (weight[..., None] * critic_loss).mean((0, 1))
+
+        metrics = {"actor/loss": actor_loss.detach(), "actor/entropy": policy_entropy.detach().mean(),
+                   "actor/advantage_std": advantage.std(),
+                   "actor/grad_norm": self.optimisers["actor"].step(actor_loss),
+                   "critic/grad_norm": self.optimisers["critic"].step(critic_loss.sum())}
+        for i, name in enumerate(self.rewards):
+            metrics |= {f"reward/{name}": reward[..., i].mean(), f"return/{name}": returns[..., i].mean(),
+                        f"value/{name}": value[..., i].mean(), f"return_scale/{name}": scale[i],
+                        f"critic/loss_{name}": critic_loss[i].detach()}
+        with torch.no_grad():
+            for slow, fast in zip(self.slow_critics.parameters(), self.critics.parameters()):
+                slow.lerp_(fast, self.slow)
+        return metrics
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# The stack of levels
+# ---------------------------------------------------------------------------------------------------------------
+
+class Hieros(nn.Module):
+    """L levels that play together. With L = 1 it is a flat agent: no subgoal, no novelty, the same code.
+
+    observation_shape: what the environment gives, (64,64,3) bytes or (D,) floats. actions: of the game. code_shape:
+    (categoricals, classes) of a subgoal. weights: of the rewards {extrinsic, subgoal, novelty}. model, behaviour: keyword arguments of WorldModel and of Level.
+    """
+
+    def __init__(self, observation_shape, actions, levels, k, code_shape, weights, model, behaviour):
+        super().__init__()
+        self.k, self.levels, self.specs = k, nn.ModuleList(), []
+        image = len(observation_shape) == 3
+        shape = (3, 64, 64) if image else tuple(observation_shape)
+        stored = {"observation": (tuple(observation_shape), np.uint8 if image else np.float32)}
+        for i in range(levels):
+            names = ["extrinsic"] + ["subgoal"] * (i < levels - 1) + ["novelty"] * (i > 0)
+            level = Level(shape, (1, actions) if i == 0 else code_shape,
+                          code_shape if i < levels - 1 else (0, code_shape[1]), code_shape,
+                          {name: weights[name] for name in names}, model, **behaviour)
+            self.levels.append(level)
+            self.specs.append(stored | {  # what the level's replay holds of each tick: {name: (shape, dtype)}
+                "action": (level.action_shape[:1], np.uint8), "subgoal": (level.subgoal_shape[:1], np.uint8),
+                "reward": ((), np.float32), "is_first": ((), np.bool_), "is_last": ((), np.bool_),
+                "is_terminal": ((), np.bool_)})
+            # What the next level sees of this one: k states [z, symlog h]. The replay keeps z as class numbers.
+            stoch, classes = level.world_model.z_shape
+            shape = (k * (stoch * classes + level.world_model.hidden),)
+            stored = {"z": ((k, stoch), np.uint8), "h": ((k, level.world_model.hidden), np.float32)}
+
+    def initial_memory(self, n):
+        """The acting state of n environments: what `act` takes and returns. Holds no weights, knows no training."""
+        memory = {"t": np.full(n, -1), "levels": []}
+        for level in self.levels:
+            device = level.weights.device
+            x, z = level.world_model.initial(n, device)
+            size = z[0].numel() + level.world_model.hidden
+            memory["levels"].append({
+                "x": x, "z": z, "action": torch.zeros(n, level.world_model.action_size, device=device),
+                "recent": torch.zeros(n, self.k, size, device=device),  # the last k states [z, symlog h], oldest first
+                "subgoal": torch.zeros(n, level.subgoal_shape[0] * level.subgoal_shape[1], device=device),
+                "reward": np.zeros(n, np.float32)})  # env rewards since the last tick
+        return memory
+
+    @torch.inference_mode()
+    def act(self, memory, observation, reward, is_first, is_last, is_terminal):
+        """One env step of n environments, at any stage of their episodes each.
+
+        memory: of the previous step. observation: (n, ...) as the environment gives it; reward (n,) that came with it;
+        is_first, is_last, is_terminal (n,): numpy arrays. Every level ticks at an episode's last step, on the grid or
+        not: what has come since its last tick, the final reward and the end itself, would be lost otherwise.
+
+        Returns the new memory, the game action (n,), and a list of ticks from level 0 upwards: for each level that
+        ticked {name: (rows, ...)}, all that its replay stores, the State, and the rows of the n that it concerns.
+        """
+        t = np.where(is_first, 0, memory["t"] + 1)
+        new = {"t": t, "levels": [dict(level) for level in memory["levels"]]}
+        ticks = []
+        for old, own in zip(memory["levels"], new["levels"]):
+            own["reward"] = np.where(is_first, 0, old["reward"] + reward).astype(np.float32)
+
+        # Bottom-up: each ticking level updates its state.
+        for i, (level, own) in enumerate(zip(self.levels, new["levels"])):
+            rows = np.flatnonzero((t % self.k ** i == 0) | is_last)
+            if len(rows) == 0:
+                break
+            device = level.weights.device
+            everyone = len(rows) == len(t)
+            index = slice(None) if everyone else torch.as_tensor(rows, device=device)
+            keep = torch.as_tensor(~is_first[rows], device=device)  # False: the level starts afresh
+            tick = {"rows": rows, "index": index}
+            if i == 0:
+                tick["observation"] = observation[rows]
+                seen = level.dense({"observation": torch.as_tensor(observation[rows], device=device)})
+            else:
+                tick["recent"] = new["levels"][i - 1]["recent"][index]
+                seen = tick["recent"].flatten(1)
+            x, z, action, recent = (own[name][index] * keep.view(-1, *[1] * (own[name].ndim - 1))
+                                    for name in ("x", "z", "action", "recent"))
+            tick["state"] = state = level.world_model.step(x, z, action, seen)
+            now = torch.cat([state.z.flatten(-2), symlog(state.h)], -1)
+            own["x"], own["z"] = _put(own["x"], index, state.x), _put(own["z"], index, state.z)
+            own["recent"] = _put(own["recent"], index, torch.cat([recent[:, 1:], now[:, None]], 1))
+            tick |= {"reward": own["reward"][rows], "is_first": is_first[rows], "is_last": is_last[rows],
+                     "is_terminal": is_terminal[rows]}
+            own["reward"][rows] = 0
+            ticks.append(tick)
+
+        # Top-down: each ticking level chooses; the level below, which ticks whenever this one does, holds the choice.
+        for i in reversed(range(len(ticks))):
+            own, tick = new["levels"][i], ticks[i]
+            tick["subgoal"] = own["subgoal"][tick["index"]]
+            tick["action"] = self.levels[i].policy(tick["state"], tick["subgoal"])
+            own["action"] = _put(own["action"], tick["index"], tick["action"])
+            if i > 0:
+                below = new["levels"][i - 1]
+                below["subgoal"] = _put(below["subgoal"], tick["index"], tick["action"])
+        return new, ticks[0]["action"].argmax(-1).cpu().numpy(), ticks
+
+    def transition(self, i, tick):
+        """One tick of level i, of a single environment, as the step that its replay stores: {name: array}."""
+        level, step = self.levels[i], {name: tick[name] for name in ("reward", "is_first", "is_last", "is_terminal")}
+        for name, shape in (("action", level.action_shape), ("subgoal", level.subgoal_shape)):
+            step[name] = tick[name].unflatten(-1, shape).argmax(-1).cpu().numpy()
+        if i == 0:
+            step["observation"] = tick["observation"]
+        else:
+            stoch, classes = self.levels[i - 1].world_model.z_shape
+            z, h = tick["recent"].split([stoch * classes, self.levels[i - 1].world_model.hidden], -1)
+            numbers = torch.arange(1, classes + 1, device=z.device, dtype=z.dtype)
+            step["z"] = (z.unflatten(-1, (stoch, classes)) @ numbers).cpu().numpy()  # a z of zeros becomes number 0
+            step["h"] = h.cpu().numpy()
+        return {name: value[0] for name, value in step.items()}
+
+
+def _put(tensor, index, rows):
+    """A copy of `tensor` with the rows at `index` replaced."""
+    tensor = tensor.clone()
+    tensor[index] = rows
+    return tensor
+
+
+def small(levels=3, observation_shape=(4,), actions=3, **behaviour):
+    """A small agent for demonstrations and tests."""
+    model = dict(stoch=8, classes=8, hidden=64, state_size=32, s5_layers=2, units=64, mlp_layers=1)
+    weights = {"extrinsic": 1.0, "subgoal": 0.3, "novelty": 0.1}
+    return Hieros(observation_shape, actions, levels, 4, (8, 8), weights, model, behaviour)
+
+
+if __name__ == "__main__":  # a demonstration: one episode of 18 steps in the life of three levels
+    torch.manual_seed(0)
+    agent = small()
+    memory, last = agent.initial_memory(1), 18
+    print("reward 1 a step, the episode ends at t = 18.  Each tick: reward since the last one, states seen (1) or not"
+          " yet (0)\n   t   " + "".join(f"{f'level {i}':>18}" for i in range(3)) + "   first number of each held subgoal")
+    for t in range(last + 1):
+        flags = [np.array([flag]) for flag in (t == 0, t == last, t == last)]
+        memory, _, ticks = agent.act(memory, np.zeros((1, 4), np.float32), np.float32([t > 0]), *flags)
+        cells = []
+        for i, tick in enumerate(ticks):
+            step = agent.transition(i, tick)
+            seen = "".join(str(int(z.any())) for z in step["z"]) if i else "o_t"
+            cells.append("r=%d sees %s" % (step["reward"], seen))
+        held = [int(own["subgoal"][0, :8].argmax()) for own in memory["levels"][:2]]
+        print(f"{t:4d}   " + "".join(f"{cell:>18}" for cell in cells + [""] * (3 - len(cells))) + f"   {held}")

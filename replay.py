@@ -1,0 +1,139 @@
+"""Experience replay with efficient time-balanced sampling (ETBS): a ring that draws old and new equally often.
+
+The problem. One step is added and one sequence is drawn, uniformly, at each step. Entry i of n was there to be drawn at
+steps i ... n, so by now it has been drawn 1/i + ... + 1/n ~ ln(n/i) times: the first experiences, made by an agent
+that could do nothing, are used again and again, and the newest hardly at all.
+
+The remedy (Hieros, Section 3.4). The expected counts have, over x in (0, n], the density ln(n/x)/n and the cumulative
+distribution F(u) = u (1 - ln u) with u = x/n. Pushing a uniform number through F moves it towards the new end by
+about as much as uniform sampling favours the old one. In closed form, O(1) a draw, with a temperature tau between
+uniform (0) and fully balanced (1):
+
+    u ~ U(0,1)        position = tau u (1 - ln u) + (1 - tau) u        index = floor(position n)
+
+Here n is the number of start positions held *now*, and index 0 is the oldest of them. (The published code divides by
+the capacity instead of the fill, so that it draws almost uniformly; and it has ETBS switched off by default.)
+
+Symbols: T steps in a sequence, B sequences in a batch.
+"""
+
+import math
+from pathlib import Path
+
+import numpy as np
+
+
+def etbs_cdf(u):
+    """F(u) = u (1 - ln u) on [0, 1], with F(0) = 0. Any shape."""
+    return u * (1 - np.log(np.maximum(u, np.finfo(np.float64).tiny)))
+
+
+class Replay:
+    """A ring of `capacity` steps from which sequences of `length` consecutive steps are drawn.
+
+    spec: {name: (shape, dtype)} of one step. Every name is one preallocated array, so memory is constant from the
+    first step to the last and no Python object is made a step. Sequences may run over the end of an episode, the
+    reset in the scan handles that; they never run over the write head, where the newest step meets the oldest.
+    """
+
+    def __init__(self, spec, capacity, length, tau, rng):
+        if capacity < length:
+            raise ValueError(f"a replay of {capacity} steps cannot hold one sequence of {length}")
+        self.arrays = {name: np.zeros((capacity, *shape), dtype) for name, (shape, dtype) in spec.items()}
+        self.capacity, self.length, self.tau, self.rng = capacity, length, tau, rng
+        self.total = 0  # steps ever added; the next one goes to total % capacity
+        self.saved = 0  # of these, how many are on disk
+
+    def __len__(self):
+        return min(self.total, self.capacity)
+
+    @property
+    def starts(self):
+        """How many start positions a sequence can have now: n in the formula above."""
+        return max(0, len(self) - self.length + 1)
+
+    def add(self, step):
+        """Add one step {name: array}, overwriting the oldest when the ring is full."""
+        for name, array in self.arrays.items():
+            array[self.total % self.capacity] = step[name]
+        self.total += 1
+
+    def draw(self, batch_size):
+        """`batch_size` start positions by age, 0 the oldest of `starts`: the law above."""
+        u = self.rng.random(batch_size)
+        position = self.tau * etbs_cdf(u) + (1 - self.tau) * u
+        return np.minimum((position * self.starts).astype(np.int64), self.starts - 1)
+
+    def sample(self, batch_size):
+        """A batch {name: array (B,T,...)} of sequences. Raises ValueError while not even one fits."""
+        if not self.starts:
+            raise ValueError(f"the replay holds {len(self)} steps, a sequence needs {self.length}")
+        oldest = self.total - len(self)
+        index = oldest + self.draw(batch_size)[:, None] + np.arange(self.length)  # counted since the beginning
+        index %= self.capacity
+        return {name: array.take(index, 0) for name, array in self.arrays.items()}
+
+    # A checkpoint must not rewrite a gigabyte that has not changed: each `save` writes only the steps since the last,
+    # as one more file, and `load` puts the files back into the ring one by one.
+
+    def save(self, folder):
+        """Write the steps since the last `save` to folder/FROM-TO.npz; delete files that left the ring."""
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        start = max(self.saved, self.total - self.capacity)
+        if start < self.total:
+            index = np.arange(start, self.total) % self.capacity
+            temporary = folder / "writing.tmp"
+            with open(temporary, "wb") as file:
+                np.savez(file, **{name: array[index] for name, array in self.arrays.items()})
+            temporary.rename(folder / f"{start:09d}-{self.total:09d}.npz")
+        self.saved = self.total
+
+    def prune(self, folder):
+        """Delete the files whose steps have all left the ring, once the checkpoint that replaced them is safe."""
+        for path, _, stop in self._files(folder):
+            if stop <= self.saved - self.capacity:
+                path.unlink()
+
+    def load(self, folder, total):
+        """Fill the ring with the steps up to number `total`, as they were when `save` was called then.
+
+        Files written after that moment belong to a checkpoint that was never completed; they are deleted. Raises
+        ValueError if a step is missing.
+        """
+        self.total = self.saved = max(0, total - self.capacity)
+        for path, start, stop in self._files(folder):
+            if start >= total:
+                path.unlink()
+                continue
+            if start > self.total or stop > total:
+                break
+            if stop <= self.total:
+                continue
+            with np.load(path) as file:  # allow_pickle is off: nothing in it can be executed
+                for name, array in self.arrays.items():
+                    array[np.arange(self.total, stop) % self.capacity] = file[name][self.total - start:]
+            self.total = self.saved = stop
+        if self.total != total:
+            raise ValueError(f"{folder} holds the replay up to step {self.total}, the checkpoint needs {total}")
+
+    @staticmethod
+    def _files(folder):
+        """(path, start, stop) of every saved file, oldest first."""
+        for path in sorted(Path(folder).glob("*-*.npz")):
+            start, stop = map(int, path.stem.split("-"))
+            yield path, start, stop
+
+
+if __name__ == "__main__":  # a demonstration: how often each tenth of all experience has been drawn in the end
+    steps = 20000
+    print(f"draws of each tenth of {steps} steps, oldest first, one draw a step (1.00 = its fair share)\n")
+    for tau in (0.0, 0.3, 1.0):
+        replay = Replay({"t": ((), np.int32)}, steps, 1, tau, np.random.default_rng(0))
+        counts = np.zeros(steps)
+        for t in range(steps):
+            replay.add({"t": t})
+            counts[replay.sample(1)["t"]] += 1
+        tenths = counts.reshape(10, -1).sum(1) / (steps / 10)
+        print(f"tau {tau}:  " + "  ".join(f"{share:.2f}" for share in tenths) + ("   uniform" if not tau else ""))
+    print(f"\nuniform, in theory, for the first tenth: 1 + ln 10 = {1 + math.log(10):.2f}")

@@ -1,0 +1,371 @@
+"""S5WM, the world model of one level: what it sees, what it expects to see next, and how it dreams.
+
+    posterior    z_t ~ q(z_t | o_t)                      from the observation *alone*
+    sequence     (m_t, x_t) = S5(x_{t-1}, [z_{t-1}, a_{t-1}])
+    state        h_t = symlog(Linear(x_t))
+    prior        z^_t ~ p(z_t | m_t)
+    heads        o^_t, r^_t, c^_t from (h_t, z_t)        decoder, reward, continue
+
+Why it is built so. In Dreamer's RSSM the posterior also sees h_t, so z_t cannot be known before h_t, and h_t not
+before z_{t-1}: training walks through time. Here all z_t come from the observations at once, the S5 stack turns them
+into all h_t at once, and training is parallel over time. When it dreams, z^_t of the prior takes the place of z_t.
+
+Paper: Hieros (Mattes et al. 2024, arXiv 2310.05167), Section 3.1; DreamerV3 (Hafner et al. 2023, arXiv 2301.04104) for symlog,
+two-hot, unimix and the KL balance. Read s5.py before, hierarchy.py after.
+
+Symbols (the same in every file):
+    B, T     batch of sequences, time steps
+    o        (B,T,3,64,64) image in [-0.5, 0.5], or (B,T,D) vector
+    z        (B,T,32,32) stochastic state: 32 categoricals of 32 classes, one-hot
+    x, m     (B,T,layers,P/2) complex state and (B,T,H) output of the S5 stack
+    h        (B,T,H) deterministic state, what the heads and the actor see
+    a        (B,T,A) action, one-hot (several one-hots side by side at higher levels); a_{t-1} precedes o_t
+    r, c     (B,T) reward that came with o_t, probability that the episode goes on after o_t
+"""
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from s5 import S5Stack, real_view
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Distributions and numbers of any size
+# ---------------------------------------------------------------------------------------------------------------
+
+def symlog(x):
+    """sign(x) log(1 + |x|): linear near zero, logarithmic far out, so that one network fits any reward scale."""
+    return torch.sign(x) * torch.log1p(torch.abs(x))
+
+
+def symexp(x):
+    """The inverse of symlog."""
+    return torch.sign(x) * torch.expm1(torch.abs(x))
+
+
+class TwoHot(nn.Module):
+    """A scalar predicted as a distribution over bins of its symlog (DreamerV3, Section "Critic learning").
+
+    A target between two bins puts its weight on both, in proportion to nearness. Classification keeps the gradient's
+    size independent of the target's size, which a squared error would not.
+    """
+
+    def __init__(self, bins=255, low=-20.0, high=20.0):
+        super().__init__()
+        self.low, self.width = low, (high - low) / (bins - 1)
+        self.register_buffer("bins", torch.linspace(low, high, bins), persistent=False)
+
+    def mean(self, logits):
+        """(..., bins) -> (...), back on the scale of the target."""
+        return symexp(torch.softmax(logits, -1) @ self.bins)
+
+    def loss(self, logits, target):
+        """Cross-entropy to the two-hot code of `target` (...): the code itself, 255 wide, is never built."""
+        position = (symlog(target) - self.low) / self.width
+        position = position.clamp(0, len(self.bins) - 1)
+        below = position.floor().clamp(max=len(self.bins) - 2)
+        weight = position - below  # of the bin above
+        log_p = torch.log_softmax(logits, -1)
+        near = log_p.gather(-1, torch.stack([below, below + 1], -1).long())
+        return -((1 - weight) * near[..., 0] + weight * near[..., 1])
+
+
+def unimix(logits, share=0.01):
+    """Log-probabilities of `share` uniform and the rest softmax: no class is ever impossible, no KL infinite."""
+    return torch.log((1 - share) * torch.softmax(logits, -1) + share / logits.shape[-1])
+
+
+def sample_onehot(log_p):
+    """One-hot samples of categoricals (..., classes), by one uniform number each.
+
+    The inverse of the cumulative distribution: the class is how many cumulated probabilities lie below u. The usual
+    Gumbel trick draws a number a *class*, and on a CPU random numbers are the dearest operation there is.
+    """
+    u = torch.rand(log_p.shape[:-1], device=log_p.device, dtype=log_p.dtype)[..., None]
+    index = (log_p.exp().cumsum(-1) < u).sum(-1, keepdim=True).clamp(max=log_p.shape[-1] - 1)  # u may round up to 1
+    return torch.zeros_like(log_p).scatter_(-1, index, 1.0)
+
+
+def straight_through(log_p):
+    """A sample whose gradient is that of the probabilities: p - sg(p) is zero in value, not in gradient."""
+    p = log_p.exp()
+    return sample_onehot(log_p.detach()) + p - p.detach()
+
+
+def entropy(log_p):
+    """Entropy in nats of categoricals (..., n, classes), summed over the n: (...)."""
+    return -(log_p.exp() * log_p).sum((-2, -1))
+
+
+def kl(log_q, log_p):
+    """KL(q || p) in nats of categoricals (..., n, classes), summed over the n: (...)."""
+    return (log_q.exp() * (log_q - log_p)).sum((-2, -1))
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Encoders, decoders, heads
+# ---------------------------------------------------------------------------------------------------------------
+
+class MLP(nn.Sequential):
+    """`layers` times Linear -> LayerNorm -> SiLU, then a plain Linear; zero_init makes it output 0 at first.
+
+    Heads that predict rewards and values start at zero, so that the untrained model promises nothing.
+    """
+
+    def __init__(self, inputs, outputs, units, layers=2, zero_init=False):
+        hidden = []
+        for i in range(layers):
+            hidden += [nn.Linear(units if i else inputs, units, bias=False), nn.LayerNorm(units), nn.SiLU()]
+        super().__init__(*hidden, nn.Linear(units if layers else inputs, outputs))
+        if zero_init:
+            nn.init.zeros_(self[-1].weight)
+            nn.init.zeros_(self[-1].bias)
+
+
+class ChannelNorm(nn.LayerNorm):
+    """LayerNorm over the channels of (N,C,height,width): with channels-last memory no data moves."""
+
+    def forward(self, image):
+        return super().forward(image.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+
+
+class ImageEncoder(nn.Sequential):
+    """(N,3,64,64) -> (N,features): convolutions of kernel 4 and stride 2 down to 4x4, channels depth * 1, 2, 4, 8.
+
+    first_stride 4 drops the first, dearest layer: kernel 8 and stride 4 lead from 64 to 16 at once.
+    """
+
+    def __init__(self, depth, first_stride=2):
+        strides = [2] * 4 if first_stride == 2 else [4, 2, 2]
+        channels, layers = [3] + [depth * 2 ** i for i in range(len(strides))], []
+        for inputs, outputs, s in zip(channels, channels[1:], strides):
+            layers += [nn.Conv2d(inputs, outputs, 2 * s, s, s // 2, bias=False), ChannelNorm(outputs), nn.SiLU()]
+        super().__init__(*layers, nn.Flatten())
+        self.features = channels[-1] * 16
+
+
+class ImageDecoder(nn.Sequential):
+    """(N,inputs) -> (N,3,64,64), the encoder mirrored."""
+
+    def __init__(self, inputs, depth, first_stride=2):
+        strides = [2] * 4 if first_stride == 2 else [2, 2, 4]
+        channels = [depth * 2 ** i for i in reversed(range(len(strides)))] + [3]
+        layers = [nn.Linear(inputs, channels[0] * 16), nn.Unflatten(-1, (channels[0], 4, 4))]
+        for inputs, outputs, s in zip(channels, channels[1:], strides):
+            layers += [nn.ConvTranspose2d(inputs, outputs, 2 * s, s, s // 2, bias=outputs == 3)]
+            layers += [] if outputs == 3 else [ChannelNorm(outputs), nn.SiLU()]
+        super().__init__(*layers)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# The world model
+# ---------------------------------------------------------------------------------------------------------------
+
+class State(NamedTuple):
+    """One state of a world model, or (B,T) or (horizon,N) of them; every field has the same leading dimensions."""
+    x: torch.Tensor        # (..., layers, P/2) complex  what the recurrence carries on
+    z: torch.Tensor        # (..., 32, 32)               one-hot
+    h: torch.Tensor        # (..., H)
+    entropy: torch.Tensor  # (...)  of the distribution that z was drawn from: how sure the model is
+    reward: torch.Tensor   # (...)  r^
+    cont: torch.Tensor     # (...)  c^
+
+    def map(self, function):
+        """The function applied to every field."""
+        return State(*map(function, self))
+
+    def feature(self):
+        """What actor and critics see: [z, h, symlog(r^), symlog(c^), symlog(entropy)], (..., feature_size)."""
+        scalars = torch.stack([self.reward, self.cont, self.entropy], -1)
+        return torch.cat([self.z.flatten(-2), self.h, symlog(scalars)], -1)
+
+
+class WorldModel(nn.Module):
+    """S5WM for observations of `observation_shape`, (3,64,64) or (D,), and one-hot actions of `action_size` numbers.
+
+    stoch, classes: number of categoricals in z and their classes. hidden: H, the size of h and the features of the
+    S5 layers. state_size, s5_layers: P and the number of S5 layers. units, mlp_layers: the MLPs. depth, first_stride:
+    the CNN, where the observation is an image.
+    """
+
+    def __init__(self, observation_shape, action_size, stoch=32, classes=32, hidden=256, state_size=128, s5_layers=8,
+                 units=256, mlp_layers=2, depth=24, first_stride=2):
+        super().__init__()
+        self.observation_shape, self.action_size = tuple(observation_shape), action_size
+        self.z_shape, self.hidden = (stoch, classes), hidden
+        self.feature_size = stoch * classes + hidden + 3
+        inputs = stoch * classes + hidden  # of the heads
+        if len(self.observation_shape) == 3:
+            if self.observation_shape != (3, 64, 64):
+                raise ValueError(f"images are (3, 64, 64), got {self.observation_shape}")
+            cnn = ImageEncoder(depth, first_stride)
+            self.encoder = nn.Sequential(cnn, MLP(cnn.features, stoch * classes, units, layers=1))
+            self.decoder = ImageDecoder(inputs, depth, first_stride)
+        else:
+            size, = self.observation_shape
+            self.encoder = MLP(size, stoch * classes, units, mlp_layers)
+            self.decoder = MLP(inputs, size, units, mlp_layers)
+        self.inputs = nn.Linear(stoch * classes + action_size, hidden)
+        self.s5 = S5Stack(hidden, state_size, s5_layers)
+        self.h_from_x = nn.Linear(s5_layers * state_size, hidden)
+        self.prior = MLP(hidden, stoch * classes, units, layers=1)
+        # Reward and continue share a trunk: they look for the same events, and half the work is saved.
+        self.twohot = TwoHot()
+        self.outcome = MLP(inputs, len(self.twohot.bins) + 1, units, mlp_layers, zero_init=True)
+
+    # ---- one state ----
+
+    def initial(self, batch, device):
+        """The state before an episode, all zeros, for `batch` sequences: (x, z)."""
+        return (torch.zeros(batch, *self.s5.state_shape, dtype=torch.cfloat, device=device),
+                torch.zeros(batch, *self.z_shape, device=device))
+
+    def posterior(self, observation):
+        """Log-probabilities of q(z | o): (N, *observation_shape) -> (N, 32, 32)."""
+        return unimix(self.encoder(observation).float().unflatten(-1, self.z_shape))
+
+    def _prior(self, m):
+        return unimix(self.prior(m).float().unflatten(-1, self.z_shape))
+
+    def _h(self, x):
+        # h is read from the state, not from the output m: the state is what remembers (Hieros, Section 3.1).
+        return symlog(self.h_from_x(real_view(x.flatten(-2))).float())
+
+    def _outcome(self, z, h):
+        """Reward logits (..., bins) and the continue logit (...)."""
+        output = self.outcome(torch.cat([z.flatten(-2), h], -1)).float()
+        return output[..., :-1], output[..., -1]
+
+    def _state(self, x, z, h, log_p):
+        reward_logits, cont_logit = self._outcome(z, h)
+        return State(x, z, h, entropy(log_p), self.twohot.mean(reward_logits), torch.sigmoid(cont_logit))
+
+    def _advance(self, x, z, action, discretised=None):
+        """One tick of the recurrence: (x_{t-1}, z_{t-1}, a_{t-1}) -> (m_t, x_t, h_t)."""
+        u = self.inputs(torch.cat([z.flatten(-2), action], -1))
+        m, x = self.s5.step(u, x, discretised)
+        return m, x, self._h(x)
+
+    def step(self, x, z, action, observation):
+        """Acting: from (x_{t-1}, z_{t-1}, a_{t-1}) and o_t to the State at t. At an episode's start pass zeros."""
+        _, x, h = self._advance(x, z, action)
+        log_q = self.posterior(observation)
+        return self._state(x, sample_onehot(log_q), h, log_q)
+
+    # ---- sequences ----
+
+    def observe(self, observation, action, is_first):
+        """All states of (B,T) observations in parallel. Returns (z, h, x, log_q, log_p), each (B,T,...).
+
+        action[:, t] is the one chosen *after* observation t, as the replay stores it; it is shifted here, once, so
+        that training sees the same a_{t-1} as acting and imagining do (the published code feeds a_t instead). At the
+        first step of an episode, and of the sequence, both inputs and the state are zero.
+        """
+        B, T = is_first.shape
+        log_q = self.posterior(observation.flatten(0, 1)).unflatten(0, (B, T))
+        z = straight_through(log_q)
+        zza = torch.cat([z.flatten(-2), action], -1)  # [z_t, a_t]
+        previous = torch.cat([torch.zeros_like(zza[:, :1]), zza[:, :-1]], 1)  # [z_{t-1}, a_{t-1}]
+        previous = previous * (~is_first)[..., None]
+        x, _ = self.initial(B, observation.device)
+        m, x = self.s5(self.inputs(previous), x, is_first)
+        return z, self._h(x), x, log_q, self._prior(m)
+
+    def loss(self, observation, action, reward, is_first, is_terminal):
+        """The loss of S5WM on a batch of sequences, and the posterior states from which to imagine.
+
+            -log p(o) - log p(r) - log p(c) + 0.5 max(1, KL(sg q || p)) + 0.1 max(1, KL(q || sg p))
+
+        means over (B,T); DreamerV3, "World model learning". The first KL teaches the prior to foresee, the second keeps
+        z foreseeable; sg is a stop-gradient, and below one nat ("free bits") neither pulls.
+        Returns (loss, states (B,T) without gradients, metrics).
+        """
+        z, h, x, log_q, log_p = self.observe(observation, action, is_first)
+        reward_logits, cont_logit = self._outcome(z, h)
+        reconstruction = self.decode(z, h)
+        losses = {
+            "reconstruction": (reconstruction - observation).square().flatten(2).sum(-1),
+            "reward": self.twohot.loss(reward_logits, reward),
+            "continue": F.binary_cross_entropy_with_logits(cont_logit, (~is_terminal).float(), reduction="none"),
+        }
+        dynamics, representation = kl(log_q.detach(), log_p), kl(log_q, log_p.detach())
+        losses["kl"] = 0.5 * dynamics.clamp(min=1) + 0.1 * representation.clamp(min=1)
+        losses = {name: value.mean() for name, value in losses.items()}
+        metrics = {f"model/{name}_loss": value.detach() for name, value in losses.items()}
+        metrics |= {"model/kl": dynamics.detach().mean(), "model/posterior_entropy": entropy(log_q).detach().mean(),
+                    "model/prior_entropy": entropy(log_p).detach().mean()}
+        states = State(x, z, h, entropy(log_q), self.twohot.mean(reward_logits), torch.sigmoid(cont_logit))
+        return sum(losses.values()), states.map(torch.Tensor.detach), metrics
+
+    def decode(self, z, h):
+        """(...,32,32), (...,H) -> observations (..., *observation_shape)."""
+        inputs = torch.cat([z.flatten(-2), h], -1)
+        return self.decoder(inputs.flatten(0, -2)).float().unflatten(0, inputs.shape[:-1])
+
+    # ---- dreams ----
+
+    @torch.no_grad()
+    def imagine(self, start, policy, horizon):
+        """Roll out `horizon` steps from N states, the prior in place of the eyes.
+
+        policy: State -> action (N,A). Returns the States s_0 ... s_horizon, (horizon+1, N, ...) with x left out, and the
+        actions a_0 ... a_{horizon-1}, (horizon, N, A). No gradient: the actor learns by REINFORCE, so nothing ever
+        flows through the dynamics, and storing 16 steps for a backward pass would be pure waste.
+        """
+        discretised = self.s5.discretise()  # once a rollout, not once a step
+        state, states, actions = start, [start], []
+        for _ in range(horizon):
+            actions.append(policy(state))
+            m, x, h = self._advance(state.x, state.z, actions[-1], discretised)
+            log_p = self._prior(m)
+            state = self._state(x, sample_onehot(log_p), h, log_p)
+            states.append(state)
+        _, *fields = zip(*states)
+        return State(None, *map(torch.stack, fields)), torch.stack(actions)
+
+    @torch.no_grad()
+    def predict(self, observation, action, is_first, context=5):
+        """Open loop: see `context` observations, then foresee the rest from the actions alone.
+
+        observation (B,T,...), action (B,T,A), is_first (B,T) -> decoded observations (B,T,...): reconstructions of
+        the first `context`, then the dream of the T - context that follow.
+        """
+        z, h, x, _, _ = self.observe(observation[:, :context], action[:, :context], is_first[:, :context])
+        frames = [self.decode(z, h)]
+        z, x, discretised = z[:, -1], x[:, -1], self.s5.discretise()
+        for t in range(context, observation.shape[1]):
+            m, x, h = self._advance(x, z, action[:, t - 1], discretised)
+            z = sample_onehot(self._prior(m))
+            frames.append(self.decode(z, h)[:, None])
+        return torch.cat(frames, 1)
+
+
+if __name__ == "__main__":  # a demonstration: a dot runs round a ring; which way, the action decides
+    torch.manual_seed(0)
+    size, T = 8, 16
+    model = WorldModel((size,), 2, stoch=4, classes=8, hidden=64, state_size=32, s5_layers=2, units=64)
+    optimiser = torch.optim.Adam(model.parameters(), 3e-3)
+
+    def batch(n):
+        action = torch.randint(2, (n, T))
+        moves = torch.cat([torch.randint(size, (n, 1)), 2 * action[:, :-1] - 1], 1)
+        position = moves.cumsum(1) % size
+        first = torch.zeros(n, T, dtype=torch.bool).index_fill(1, torch.tensor([0]), True)
+        return F.one_hot(position, size).float(), F.one_hot(action, 2).float(), first
+
+    for i in range(301):
+        observation, action, first = batch(16)
+        loss, _, metrics = model.loss(observation, action, torch.zeros(16, T), first, torch.zeros_like(first))
+        optimiser.zero_grad()
+        loss.backward()
+        optimiser.step()
+        if i % 100 == 0:
+            print(f"update {i:3d}   reconstruction {metrics['model/reconstruction_loss']:.3f}   KL {metrics['model/kl']:.2f}")
+    observation, action, first = batch(1)
+    dream = model.predict(observation, action, first)[0].argmax(-1)
+    print("\naction   ", " ".join("<>"[i] for i in action.argmax(-1)[0]))
+    print("truth    ", " ".join(str(i) for i in observation[0].argmax(-1).tolist()))
+    print("dreamed  ", " ".join(str(i) for i in dream.tolist()), "  (after 5 steps with open eyes)")
