@@ -137,32 +137,36 @@ class S5Layer(nn.Module):
         self.log_decay = nn.Parameter(torch.log(-Lambda.real).float())  # (P/2,)
         self.frequency = nn.Parameter(Lambda.imag.float())  # (P/2,)
         self.log_Delta = nn.Parameter(torch.empty(state_size // 2).uniform_(math.log(dt_min), math.log(dt_max)))
-        # V is unitary, so V^-1 is its conjugate transpose. Complex parameters are stored as real pairs, which
-        # every optimiser and every file format understands.
-        self.B_tilde = nn.Parameter(torch.view_as_real(V.mH @ B.to(V.dtype)).float())  # (P/2, H, 2)
-        self.C_tilde = nn.Parameter(torch.view_as_real(C.to(V.dtype) @ V).float())  # (H, P/2, 2)
+        # u is real, so B_tilde u is one real matmul to interleaved [Re, Im]; and since Re(c x) = Re c Re x - Im c Im x,
+        # 2 Re(C_tilde x) is one real matmul back, its matrix interleaving [2 Re c, -2 Im c]. That is half the work of
+        # complex matmuls, u is never cast, and the parameters are real, as optimisers and file formats like them.
+        B_tilde, C_tilde = V.mH @ B.to(V.dtype), C.to(V.dtype) @ V  # V is unitary: V^-1 is its conjugate transpose
+        # With B_tilde as in S5, white input drives the state to a standard deviation of sqrt(Delta), 0.03 to 0.3, and
+        # whatever reads the state sees almost nothing at first. Divide that out: unit variance at any step size.
+        B_tilde = B_tilde * torch.exp(-0.5 * self.log_Delta.detach())[:, None]
+        self.B = nn.Parameter(torch.view_as_real(B_tilde).transpose(1, 2).flatten(0, 1).float())  # (P, H)
+        self.C = nn.Parameter(real_view(2 * C_tilde.conj_physical()).float())  # (H, P)
         self.D = nn.Parameter(torch.randn(features))
 
     def discretise(self):
-        """Zero-order hold: the input is held for Delta (S5, Section 2.1). Returns (Lambda_bar, B_bar, C).
+        """Zero-order hold: the input is held for Delta (S5, Section 2.1).
 
-            Lambda_bar = exp(Lambda Delta)        B_bar = Lambda^-1 (Lambda_bar - 1) B_tilde
+            Lambda_bar = exp(Lambda Delta)        B_bar = scale B_tilde, scale = Lambda^-1 (Lambda_bar - 1)
 
-        Lambda_bar: (P/2,) complex. B_bar: (P,H) and C: (H,P), both *real*: u is real, so B_bar u is one real matmul
-        to the interleaved [Re, Im] of the state, and 2 Re(C_tilde x) one real matmul back. That is half the work
-        of complex matmuls, and u is never cast. A rollout calls this once and hands the result to every `step`.
+        Returns (Lambda_bar, scale), both (P/2,) complex: B_bar u = scale * (B_tilde u), so the matrix itself is never
+        rebuilt. A rollout calls this once and hands the result to every `step`.
         """
         Lambda = torch.complex(-torch.exp(self.log_decay), self.frequency)
         Lambda_bar = torch.exp(Lambda * torch.exp(self.log_Delta))
-        B_bar = ((Lambda_bar - 1) / Lambda)[:, None] * torch.view_as_complex(self.B_tilde)  # (P/2, H)
-        B_bar = torch.view_as_real(B_bar).transpose(1, 2).flatten(0, 1)  # (P, H)
-        # Re(c x) = Re c Re x - Im c Im x: the sign of Im, and the 2 of the conjugate pair, go into the matrix.
-        C = real_view(2 * torch.view_as_complex(self.C_tilde).conj_physical())  # (H, P)
-        return Lambda_bar, B_bar, C
+        return Lambda_bar, (Lambda_bar - 1) / Lambda
 
-    def _drive(self, u, B_bar):
-        """B_bar u as complex numbers, (..., H) -> (..., P/2). The state stays float32 under bfloat16 autocast."""
-        return torch.view_as_complex(F.linear(u, B_bar).float().unflatten(-1, (-1, 2)))
+    def _drive(self, u, scale):
+        """B_bar u, (..., H) -> (..., P/2) complex. The state stays float32 under bfloat16 autocast."""
+        return scale * torch.view_as_complex(F.linear(u, self.B).float().unflatten(-1, (-1, 2)))
+
+    def _read(self, x, u):
+        """y = 2 Re(C_tilde x) + D u."""
+        return F.linear(real_view(x), self.C) + self.D * u
 
     def forward(self, u, state, reset):
         """A whole sequence in parallel. u: (B,T,H); state: (B,P/2) complex, before the first step; reset: (B,T) bool.
@@ -175,22 +179,22 @@ class S5Layer(nn.Module):
         if H != len(self.D) or state.shape != (B, len(self.log_decay)) or reset.shape != (B, T):
             raise ValueError(f"S5Layer of H={len(self.D)}, P/2={len(self.log_decay)} got u {tuple(u.shape)}, "
                              f"state {tuple(state.shape)}, reset {tuple(reset.shape)}; expected (B,T,H), (B,P/2), (B,T)")
-        Lambda_bar, B_bar, C = self.discretise()
+        Lambda_bar, scale = self.discretise()
         a = Lambda_bar * (~reset)[..., None]  # (B, T, P/2)
-        b = self._drive(u, B_bar)
+        b = self._drive(u, scale)
         # The state before the sequence enters as part of the first input.
         b = torch.cat([b[:, :1] + a[:, :1] * state[:, None], b[:, 1:]], 1)
         x = scan(a, b)
-        return F.linear(real_view(x), C) + self.D * u, x
+        return self._read(x, u), x
 
     def step(self, u, state, discretised=None):
         """One step. u: (B,H); state: (B,P/2) complex; discretised: what `discretise` returned, if it is at hand.
 
         Returns y (B,H) and the next state (B,P/2). To forget, pass a state of zeros.
         """
-        Lambda_bar, B_bar, C = discretised or self.discretise()
-        x = Lambda_bar * state + self._drive(u, B_bar)  # x_t = Lambda_bar x_{t-1} + B_bar u_t   (S5, Eq. 2)
-        return F.linear(real_view(x), C) + self.D * u, x
+        Lambda_bar, scale = discretised or self.discretise()
+        x = Lambda_bar * state + self._drive(u, scale)  # x_t = Lambda_bar x_{t-1} + B_bar u_t   (S5, Eq. 2)
+        return self._read(x, u), x
 
 
 class S5Block(nn.Module):

@@ -148,14 +148,18 @@ class ImageEncoder(nn.Sequential):
 
 
 class ImageDecoder(nn.Sequential):
-    """(N,inputs) -> (N,3,64,64), the encoder mirrored."""
+    """(N,inputs) -> (N,3,64,64), the encoder mirrored. With first_stride 4 each of 16x16 places paints its own 4x4
+    patch, a matrix product, since overlapping kernels of 8x8 would make this layer cost more than all others."""
 
     def __init__(self, inputs, depth, first_stride=2):
         strides = [2] * 4 if first_stride == 2 else [2, 2, 4]
         channels = [depth * 2 ** i for i in reversed(range(len(strides)))] + [3]
         layers = [nn.Linear(inputs, channels[0] * 16), nn.Unflatten(-1, (channels[0], 4, 4))]
         for inputs, outputs, s in zip(channels, channels[1:], strides):
-            layers += [nn.ConvTranspose2d(inputs, outputs, 2 * s, s, s // 2, bias=outputs == 3)]
+            if s == 4:
+                layers += [nn.Conv2d(inputs, outputs * s * s, 1), nn.PixelShuffle(s)]
+            else:
+                layers += [nn.ConvTranspose2d(inputs, outputs, 2 * s, s, s // 2, bias=outputs == 3)]
             layers += [] if outputs == 3 else [ChannelNorm(outputs), nn.SiLU()]
         super().__init__(*layers)
 
