@@ -188,6 +188,7 @@ REFERENCE = {  # game: (random, human)
 def atari_games():
     """{name: environment id} of every game that ale_py brings: {"ms_pacman": "ALE/MsPacman-v5", ...}."""
     gymnasium.register_envs(ale_py)
+    ale_py.ALEInterface.setLoggerMode(ale_py.LoggerMode.Error)  # no banner
     ids = [id for id, spec in gymnasium.registry.items() if spec.namespace == "ALE" and spec.version == 5]
     return {"".join("_" * (i > 0 and c.isupper()) + c.lower() for i, c in enumerate(id[4:-3])): id for id in ids}
 
@@ -486,7 +487,8 @@ def train(run, progress=True):
     config, stopped = run.config, []
     handlers = {number: signal.signal(number, lambda number, frame: stopped.append(number))
                 for number in (signal.SIGINT, signal.SIGTERM)}
-    bar = tqdm(total=config.steps, initial=run.step, unit="step", disable=not progress, dynamic_ncols=True)
+    bar = tqdm(total=config.steps, initial=run.step, unit="step", disable=not progress, dynamic_ncols=True,
+               mininterval=1.0)
     phases, since = {"act": 0.0, "env": 0.0, "train": 0.0}, time.perf_counter()
     try:
         while run.step < config.steps and not stopped:

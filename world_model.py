@@ -215,7 +215,7 @@ class WorldModel(nn.Module):
         self.inputs = nn.Linear(stoch * classes + action_size, hidden)
         self.s5 = S5Stack(hidden, state_size, s5_layers)
         self.h_from_x = nn.Linear(s5_layers * state_size, hidden)
-        self.prior = MLP(hidden, stoch * classes, units, layers=1)
+        self.prior_head = MLP(hidden, stoch * classes, units, layers=1)
         # Reward and continue share a trunk: they look for the same events, and half the work is saved.
         self.twohot = TwoHot()
         self.outcome = MLP(inputs, len(self.twohot.bins) + 1, units, mlp_layers, zero_init=True)
@@ -231,8 +231,9 @@ class WorldModel(nn.Module):
         """Log-probabilities of q(z | o): (N, *observation_shape) -> (N, 32, 32)."""
         return unimix(self.encoder(observation).float().unflatten(-1, self.z_shape))
 
-    def _prior(self, m):
-        return unimix(self.prior(m).float().unflatten(-1, self.z_shape))
+    def prior(self, m):
+        """Log-probabilities of p(z | m): (..., H) -> (..., 32, 32)."""
+        return unimix(self.prior_head(m).float().unflatten(-1, self.z_shape))
 
     def _h(self, x):
         # h is read from the state, not from the output m: the state is what remembers (Hieros, Section 3.1).
@@ -247,15 +248,15 @@ class WorldModel(nn.Module):
         reward_logits, cont_logit = self._outcome(z, h)
         return State(x, z, h, entropy(log_p), self.twohot.mean(reward_logits), torch.sigmoid(cont_logit))
 
-    def _advance(self, x, z, action, discretised=None):
-        """One tick of the recurrence: (x_{t-1}, z_{t-1}, a_{t-1}) -> (m_t, x_t, h_t)."""
+    def advance(self, x, z, action, discretised=None):
+        """One tick of the recurrence, N states: (x_{t-1}, z_{t-1}, a_{t-1}) -> (m_t, x_t, h_t)."""
         u = self.inputs(torch.cat([z.flatten(-2), action], -1))
         m, x = self.s5.step(u, x, discretised)
         return m, x, self._h(x)
 
     def step(self, x, z, action, observation):
         """Acting: from (x_{t-1}, z_{t-1}, a_{t-1}) and o_t to the State at t. At an episode's start pass zeros."""
-        _, x, h = self._advance(x, z, action)
+        _, x, h = self.advance(x, z, action)
         log_q = self.posterior(observation)
         return self._state(x, sample_onehot(log_q), h, log_q)
 
@@ -276,7 +277,7 @@ class WorldModel(nn.Module):
         previous = previous * (~is_first)[..., None]
         x, _ = self.initial(B, observation.device)
         m, x = self.s5(self.inputs(previous), x, is_first)
-        return z, self._h(x), x, log_q, self._prior(m)
+        return z, self._h(x), x, log_q, self.prior(m)
 
     def loss(self, observation, action, reward, is_first, is_terminal):
         """The loss of S5WM on a batch of sequences, and the posterior states from which to imagine.
@@ -323,8 +324,8 @@ class WorldModel(nn.Module):
         state, states, actions = start, [start], []
         for _ in range(horizon):
             actions.append(policy(state))
-            m, x, h = self._advance(state.x, state.z, actions[-1], discretised)
-            log_p = self._prior(m)
+            m, x, h = self.advance(state.x, state.z, actions[-1], discretised)
+            log_p = self.prior(m)
             state = self._state(x, sample_onehot(log_p), h, log_p)
             states.append(state)
         _, *fields = zip(*states)
@@ -341,8 +342,8 @@ class WorldModel(nn.Module):
         frames = [self.decode(z, h)]
         z, x, discretised = z[:, -1], x[:, -1], self.s5.discretise()
         for t in range(context, observation.shape[1]):
-            m, x, h = self._advance(x, z, action[:, t - 1], discretised)
-            z = sample_onehot(self._prior(m))
+            m, x, h = self.advance(x, z, action[:, t - 1], discretised)
+            z = sample_onehot(self.prior(m))
             frames.append(self.decode(z, h)[:, None])
         return torch.cat(frames, 1)
 
