@@ -35,7 +35,7 @@ from world_model import MLP, TwoHot, WorldModel, entropy, sample_onehot, straigh
 # ---------------------------------------------------------------------------------------------------------------
 
 def cosine_max(goal, h):
-    """max(0, goal . h) / max(|goal|, |h|)^2 over the last dimension: 1 only where h *is* the goal (Director, Eq. 8).
+    """max(0, goal . h) / max(|goal|, |h|)^2 over the last dimension: 1 only where h *is* the goal (Director's max-cosine).
 
     A plain cosine would be satisfied by the right direction at any length.
     """
@@ -44,7 +44,7 @@ def cosine_max(goal, h):
 
 
 def lambda_return(reward, discount, value, lam):
-    """R_t = r_{t+1} + d_{t+1} ((1 - lam) v_{t+1} + lam R_{t+1}), R_horizon = v_horizon (DreamerV3, Eq. "critic").
+    """R_t = r_{t+1} + d_{t+1} ((1 - lam) v_{t+1} + lam R_{t+1}), R_horizon = v_horizon (as in DreamerV3).
 
     reward, discount, value: (horizon, ...) at states 1 ... horizon. Returns R at states 0 ... horizon-1.
     """

@@ -47,7 +47,7 @@ def symexp(x):
 
 
 class TwoHot(nn.Module):
-    """A scalar predicted as a distribution over bins of its symlog (DreamerV3, Section "Critic learning").
+    """A scalar predicted as a distribution over bins of its symlog (DreamerV3).
 
     A target between two bins puts its weight on both, in proportion to nearness. Classification keeps the gradient's
     size independent of the target's size, which a squared error would not.
@@ -103,6 +103,16 @@ def entropy(log_p):
 def kl(log_q, log_p):
     """KL(q || p) in nats of categoricals (..., n, classes), summed over the n: (...)."""
     return (log_q.exp() * (log_q - log_p)).sum((-2, -1))
+
+
+def kl_balance(log_q, log_p):
+    """0.5 max(1, KL(sg q || p)) + 0.1 max(1, KL(q || sg p)) and the KL itself, both (...) (DreamerV3).
+
+    The first term teaches the prior to foresee, the second keeps z foreseeable; sg is a stop-gradient. Below one nat
+    ("free bits") neither pulls.
+    """
+    dynamics, representation = kl(log_q.detach(), log_p), kl(log_q, log_p.detach())
+    return 0.5 * dynamics.clamp(min=1) + 0.1 * representation.clamp(min=1), dynamics.detach()
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -284,8 +294,7 @@ class WorldModel(nn.Module):
 
             -log p(o) - log p(r) - log p(c) + 0.5 max(1, KL(sg q || p)) + 0.1 max(1, KL(q || sg p))
 
-        means over (B,T); DreamerV3, "World model learning". The first KL teaches the prior to foresee, the second keeps
-        z foreseeable; sg is a stop-gradient, and below one nat ("free bits") neither pulls.
+        means over (B,T). Truncation is not an end: only is_terminal teaches the continue head 0.
         Returns (loss, states (B,T) without gradients, metrics).
         """
         z, h, x, log_q, log_p = self.observe(observation, action, is_first)
@@ -296,11 +305,10 @@ class WorldModel(nn.Module):
             "reward": self.twohot.loss(reward_logits, reward),
             "continue": F.binary_cross_entropy_with_logits(cont_logit, (~is_terminal).float(), reduction="none"),
         }
-        dynamics, representation = kl(log_q.detach(), log_p), kl(log_q, log_p.detach())
-        losses["kl"] = 0.5 * dynamics.clamp(min=1) + 0.1 * representation.clamp(min=1)
+        losses["kl"], divergence = kl_balance(log_q, log_p)
         losses = {name: value.mean() for name, value in losses.items()}
         metrics = {f"model/{name}_loss": value.detach() for name, value in losses.items()}
-        metrics |= {"model/kl": dynamics.detach().mean(), "model/posterior_entropy": entropy(log_q).detach().mean(),
+        metrics |= {"model/kl": divergence.mean(), "model/posterior_entropy": entropy(log_q).detach().mean(),
                     "model/prior_entropy": entropy(log_p).detach().mean()}
         states = State(x, z, h, entropy(log_q), self.twohot.mean(reward_logits), torch.sigmoid(cont_logit))
         return sum(losses.values()), states.map(torch.Tensor.detach), metrics

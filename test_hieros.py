@@ -1,0 +1,597 @@
+"""The claims of this project, each as a test: `pytest test_hieros.py`. One group a module; docstrings name the claims."""
+
+import dataclasses
+import itertools
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import gymnasium
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+import train
+from hierarchy import (Actor, Level, Optimiser, ReturnNormaliser, SubgoalAutoencoder, cosine_max, lambda_return, onehot,
+                       small)
+from replay import Replay, etbs_cdf
+from s5 import S5Block, S5Layer, S5Stack, hippo_n, scan, scan_sequential
+from world_model import (ImageDecoder, ImageEncoder, TwoHot, WorldModel, entropy, kl, kl_balance, sample_onehot,
+                         straight_through, symexp, symlog, unimix)
+
+
+@pytest.fixture(autouse=True)
+def seeded():
+    torch.manual_seed(0)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# s5.py
+# ---------------------------------------------------------------------------------------------------------------
+
+def random_complex(*shape):
+    return torch.randn(*shape, dtype=torch.cfloat)
+
+
+def some_resets(B, T):
+    """Resets at the first and at the last step, several in a row, and at random."""
+    reset = torch.rand(B, T) < 0.2
+    reset[0, 0] = reset[-1, -1] = True
+    reset[-1, T // 2:T // 2 + 3] = True
+    return reset
+
+
+@pytest.mark.parametrize("T", [1, 2, 3, 5, 8, 31, 64, 100])
+def test_parallel_scan_is_the_sequential_one(T):
+    """The scan equals the five-line loop, values and gradients, for any T, also not a power of two."""
+    a, b, weight = 0.9 * random_complex(3, T, 4) / 2 ** 0.5, random_complex(3, T, 4), random_complex(3, T, 4)
+    results = []
+    for function in (scan, scan_sequential):
+        leaves = [a.clone().requires_grad_(), b.clone().requires_grad_()]
+        x = function(*leaves)
+        (x * weight).real.sum().backward()
+        results.append([x.detach(), *(leaf.grad for leaf in leaves)])
+    for parallel, sequential in zip(*results):
+        assert torch.allclose(parallel, sequential, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("T", [1, 2, 7, 64])
+def test_block_in_parallel_is_the_block_step_by_step(T):
+    """Training and acting run the same function: values, states and all gradients agree, with resets and any start."""
+    block, u, weight = S5Block(12, 16), torch.randn(3, T, 12), torch.randn(3, T, 12)
+    state, reset = random_complex(3, 8), some_resets(3, T)
+
+    def sequential(u, state):
+        outputs, states = [], []
+        for t in range(T):
+            y, state = block.step(u[:, t], state * ~reset[:, t, None])
+            outputs.append(y)
+            states.append(state)
+        return torch.stack(outputs, 1), torch.stack(states, 1)
+
+    results = []
+    for function in (lambda u, state: block(u, state, reset), sequential):
+        leaves = [u.clone().requires_grad_(), state.clone().requires_grad_()]
+        block.zero_grad()
+        y, states = function(*leaves)
+        ((y * weight).sum() + states.abs().square().sum()).backward()
+        results.append([y, states, *(leaf.grad for leaf in leaves), *(p.grad for p in block.parameters())])
+    for parallel, step in zip(*results):
+        assert torch.allclose(parallel, step, atol=2e-4, rtol=1e-3)
+
+
+def test_nothing_leaks_over_a_reset():
+    """After a reset neither values nor gradients know anything of what came before."""
+    layer, u, reset = S5Layer(4, 16), torch.randn(2, 9, 4), torch.zeros(2, 9, dtype=torch.bool)
+    reset[:, 5] = True
+    u.requires_grad_()
+    state = random_complex(2, 8).requires_grad_()
+    y, states = layer(u, state, reset)
+    (y[:, 5:].sum() + states[:, 5:].real.sum()).backward()
+    assert (u.grad[:, :5] == 0).all() and (state.grad == 0).all() and (u.grad[:, 5:] != 0).any()
+    changed, _ = layer(torch.cat([torch.randn(2, 5, 4), u[:, 5:]], 1), random_complex(2, 8), reset)
+    assert torch.equal(changed[:, 5:], y[:, 5:])
+
+
+def test_no_optimiser_step_makes_the_recurrence_explode():
+    """|Lambda_bar| < 1 after absurdly large optimiser steps in any direction, by construction."""
+    layer = S5Layer(4, 16)
+    optimiser = torch.optim.Adam(layer.parameters(), 1.0)
+    for _ in range(20):
+        y, _ = layer(torch.randn(2, 30, 4), random_complex(2, 8), torch.zeros(2, 30, dtype=torch.bool))
+        optimiser.zero_grad()
+        (-y.square().mean()).backward()  # rewarded for being as large as it can
+        optimiser.step()
+        assert (layer.discretise()[0].abs() < 1).all()
+
+
+def test_hippo_eigenvalues_rebuild_the_matrix():
+    """Half the spectrum is enough: 2 Re(V Lambda V^H) is the normal part of HiPPO-LegS, entry by entry."""
+    Lambda, V = hippo_n(8)
+    rebuilt = 2 * (V * Lambda @ V.mH).real
+    n = np.arange(8)
+    root = np.sqrt((2 * n[:, None] + 1) * (2 * n[None] + 1))
+    legs = np.where(n[:, None] > n[None], -root, 0) - np.diag(n + 1)  # HiPPO-LegS itself
+    low_rank = np.sqrt(n[:, None] + 0.5) * np.sqrt(n[None] + 0.5)
+    assert np.allclose(rebuilt.numpy(), legs + low_rank)
+
+
+def test_state_starts_on_unit_scale():
+    """White input of unit variance drives the states to a variance near one, whatever their step sizes."""
+    layer = S5Layer(64, 64)
+    _, x = layer(torch.randn(8, 4000, 64), torch.zeros(8, 32, dtype=torch.cfloat), torch.zeros(8, 4000, dtype=torch.bool))
+    spread = x[:, 2000:].abs().square().mean((0, 1)).detach()
+    assert 0.7 < spread.median() < 1.4 and spread.max() < 2
+
+
+def test_shapes_that_do_not_fit_name_both():
+    """A wrong shape is a ValueError that says what came and what was expected."""
+    layer = S5Layer(4, 16)
+    good = torch.zeros(2, 3, 4), torch.zeros(2, 8, dtype=torch.cfloat), torch.zeros(2, 3, dtype=torch.bool)
+    for i, wrong in enumerate([torch.zeros(2, 3, 5), torch.zeros(2, 7, dtype=torch.cfloat), torch.zeros(2, 4).bool()]):
+        with pytest.raises(ValueError, match=re.escape(str(tuple(wrong.shape)))):
+            layer(*good[:i], wrong, *good[i + 1:])
+    with pytest.raises(ValueError, match=r"\(1, 2, 3\) and \(1, 2, 4\)"):
+        scan(torch.zeros(1, 2, 3), torch.zeros(1, 2, 4))
+    with pytest.raises(ValueError, match="multiple"):
+        S5Layer(4, 12)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# world_model.py
+# ---------------------------------------------------------------------------------------------------------------
+
+TINY = dict(stoch=4, classes=8, hidden=32, state_size=16, s5_layers=2, units=32, mlp_layers=1, depth=4, first_stride=4)
+
+
+def first_flags(B, T, *steps):
+    flags = torch.zeros(B, T, dtype=torch.bool)
+    flags[:, list(steps)] = True
+    return flags
+
+
+def test_symlog_and_twohot_round_trip():
+    """symexp undoes symlog, and a two-hot code of any number, small or huge, gives that number back."""
+    numbers = torch.tensor([-1e6, -21.0, -1.0, -0.01, 0.0, 0.3, 1.0, 17.0, 5e4])
+    assert torch.allclose(symexp(symlog(numbers)), numbers, rtol=1e-4)
+    twohot = TwoHot()
+    logits = torch.zeros(len(numbers), 255, requires_grad=True)
+    optimiser = torch.optim.Adam([logits], 0.5)
+    for _ in range(300):  # the loss alone must lead there
+        optimiser.zero_grad()
+        twohot.loss(logits, numbers).sum().backward()
+        optimiser.step()
+    assert torch.allclose(twohot.mean(logits), numbers, rtol=0.02, atol=0.01)
+    assert twohot.mean(torch.zeros(255)).abs() < 1e-4  # untrained, it promises nothing
+
+
+def test_samples_follow_the_probabilities():
+    """One uniform number a categorical suffices: frequencies are the probabilities, unimix included."""
+    log_p = unimix(torch.tensor([[2.0, -1.0, 0.5, -30.0]]))
+    assert torch.allclose(log_p.exp().sum(-1), torch.ones(1)) and log_p.exp().min() >= 0.01 / 4 - 1e-6
+    samples = sample_onehot(log_p.expand(200_000, 4))
+    assert (samples.sum(-1) == 1).all()
+    assert torch.allclose(samples.mean(0), log_p.exp()[0], atol=0.005)
+
+
+def test_straight_through_has_the_gradient_of_the_probabilities():
+    """A drawn z is exactly one-hot, and learns as if it were its probabilities."""
+    logits = torch.randn(5, 3, 4, requires_grad=True)
+    weight = torch.randn(5, 3, 4)
+    z = straight_through(unimix(logits))
+    assert torch.allclose(z.max(-1).values, torch.ones(5, 3)) and torch.allclose(z.sum(-1), torch.ones(5, 3))
+    sampled, = torch.autograd.grad((z * weight).sum(), logits)
+    exact, = torch.autograd.grad((unimix(logits).exp() * weight).sum(), logits)
+    assert torch.allclose(sampled, exact, atol=1e-6)
+
+
+def test_kl_balance_and_its_stop_gradients():
+    """The prior gets 0.5 of the KL's gradient, the posterior 0.1, and below one nat neither gets any."""
+    for scale, pulls in ((3.0, True), (0.01, False)):
+        q, p = (scale * torch.randn(1, 6, 8)).requires_grad_(), (scale * torch.randn(1, 6, 8)).requires_grad_()
+        exact_q, exact_p = torch.autograd.grad(kl(unimix(q), unimix(p)).sum(), (q, p))
+        loss, divergence = kl_balance(unimix(q), unimix(p))
+        grad_q, grad_p = torch.autograd.grad(loss.sum(), (q, p))
+        assert (divergence > 1).all() == pulls
+        assert torch.allclose(grad_q, 0.1 * pulls * exact_q, atol=1e-6)
+        assert torch.allclose(grad_p, 0.5 * pulls * exact_p, atol=1e-6)
+
+
+def test_training_acting_and_imagining_share_one_alignment():
+    """`observe` (parallel) and `advance` (recurrent) reach the same h from a_{t-1}, over an episode's start too."""
+    model, T = WorldModel((6,), 3, **TINY), 12
+    observation, action = torch.rand(2, T, 6), F.one_hot(torch.randint(3, (2, T)), 3).float()
+    is_first = first_flags(2, T, 0, 7)
+    z, h, x_all, _, log_p = model.observe(observation, action, is_first)
+    x, z_before, a_before = *model.initial(2, "cpu"), torch.zeros(2, 3)
+    for t in range(T):
+        keep = (~is_first[:, t]).float()
+        m, x, h_t = model.advance(x * keep[:, None, None], z_before * keep[:, None, None], a_before * keep[:, None])
+        assert torch.allclose(h_t, h[:, t], atol=1e-5) and torch.allclose(x, x_all[:, t], atol=1e-4)
+        assert torch.allclose(model.prior(m), log_p[:, t], atol=1e-4)
+        z_before, a_before = z[:, t], action[:, t]
+
+
+def test_imagination_starts_where_observation_ends():
+    """The first imagined state is the start state, the second one follows from its z and the chosen action."""
+    model = WorldModel((6,), 3, **TINY)
+    batch = torch.rand(2, 5, 6), F.one_hot(torch.randint(3, (2, 5)), 3).float(), torch.zeros(2, 5)
+    _, states, _ = model.loss(*batch, first_flags(2, 5, 0), torch.zeros(2, 5).bool())
+    start = states.map(lambda field: field.flatten(0, 1))
+    action = F.one_hot(torch.arange(10) % 3, 3).float()
+    imagined, actions = model.imagine(start, lambda state: action, 4)
+    assert torch.equal(imagined.h[0], start.h) and torch.equal(imagined.z[0], start.z)
+    assert torch.allclose(imagined.h[1], model.advance(start.x, start.z, action)[2], atol=1e-6)
+    assert imagined.h.shape == (5, 10, 32) and torch.equal(actions, action.expand(4, 10, 3))
+    assert not imagined.h.requires_grad
+
+
+def jump_batch(n, T=12, size=8):
+    """A dot on a ring jumps as far as the action says: 8 actions, so that ignoring them costs more than the free nat."""
+    action = torch.randint(size, (n, T))
+    position = torch.cat([torch.randint(size, (n, 1)), action[:, :-1]], 1).cumsum(1) % size
+    return F.one_hot(position, size).float(), F.one_hot(action, size).float(), first_flags(n, T, 0)
+
+
+def test_actions_are_aligned_with_what_they_cause():
+    """A model foresees what its actions do; trained and asked with actions shifted by one step, it cannot."""
+    accuracy = {}
+    for shift in (0, 1):
+        torch.manual_seed(1)
+        model = WorldModel((8,), 8, **TINY | dict(hidden=64, units=64))
+        optimiser = torch.optim.Adam(model.parameters(), 4e-3)
+        for _ in range(250):
+            observation, action, first = jump_batch(16)
+            loss, _, _ = model.loss(observation, action.roll(-shift, 1), torch.zeros(16, 12), first,
+                                    torch.zeros(16, 12).bool())
+            optimiser.zero_grad()
+            loss.backward()
+            optimiser.step()
+        observation, action, first = jump_batch(64)
+        _, h, _, _, log_p = model.observe(observation, action.roll(-shift, 1), first)
+        foreseen = model.decode(onehot(log_p.argmax(-1), 8), h)  # the likeliest z of the prior, decoded
+        accuracy[shift] = (foreseen.argmax(-1) == observation.argmax(-1))[:, 1:].float().mean().item()
+    assert accuracy[0] > 0.9 and accuracy[1] < 0.5, accuracy
+
+
+def test_prediction_sees_only_its_context():
+    """What the model dreams depends on the first frames and the actions, never on the frames to come."""
+    model = WorldModel((8,), 8, **TINY)
+    observation, action, first = jump_batch(2)
+    other = observation.clone()
+    other[:, 5:] = torch.rand(2, 7, 8)
+    dreams = []
+    for frames in (observation, other):
+        torch.manual_seed(3)
+        dreams.append(model.predict(frames, action, first, context=5))
+    assert torch.equal(*dreams) and dreams[0].shape == observation.shape
+
+
+@pytest.mark.parametrize("first_stride", [2, 4])
+def test_image_networks_mirror_each_other(first_stride):
+    """64x64 images go in and come out, at both strides, and other sizes are refused by name."""
+    encoder, decoder = ImageEncoder(4, first_stride), ImageDecoder(10, 4, first_stride)
+    assert encoder(torch.zeros(2, 3, 64, 64)).shape == (2, encoder.features)
+    assert decoder(torch.zeros(2, 10)).shape == (2, 3, 64, 64)
+    with pytest.raises(ValueError, match=r"\(3, 32, 32\)"):
+        WorldModel((3, 32, 32), 2, **TINY)
+
+
+def test_world_model_overfits_one_batch_of_images():
+    """Every head can learn: on one batch of images with rewards and ends all losses fall to nearly nothing."""
+    model = WorldModel((3, 64, 64), 3, **TINY | dict(units=64, hidden=64, depth=16))
+    image = torch.rand(2, 8, 3, 4, 4).repeat_interleave(16, -1).repeat_interleave(16, -2) - 0.5
+    action = F.one_hot(torch.randint(3, (2, 8)), 3).float()
+    reward, ends = torch.zeros(2, 8), torch.zeros(2, 8).bool()
+    reward[0, 4], reward[1, 7], ends[1, 7] = 1.0, -20.0, True
+    optimiser = torch.optim.Adam(model.parameters(), 3e-3)
+    for i in range(300):
+        loss, states, metrics = model.loss(image, action, reward, first_flags(2, 8, 0), ends)
+        start = metrics if i == 0 else start
+        optimiser.zero_grad()
+        loss.backward()
+        optimiser.step()
+    for name in ("reconstruction", "reward", "continue"):
+        assert metrics[f"model/{name}_loss"] < 0.1 * start[f"model/{name}_loss"], name
+    assert torch.allclose(states.reward, reward, atol=0.5) and (states.cont.round() == (~ends).float()).all()
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# hierarchy.py
+# ---------------------------------------------------------------------------------------------------------------
+
+def test_cosine_max_wants_direction_and_length():
+    """1 only at the goal itself; less for half or twice its length; 0 when pointing away."""
+    goal = torch.tensor([3.0, 4.0])
+    h = torch.stack([goal, 0.5 * goal, 2 * goal, -goal, torch.tensor([-4.0, 3.0]), torch.zeros(2)])
+    assert torch.allclose(cosine_max(goal, h), torch.tensor([1.0, 0.5, 0.5, 0.0, 0.0, 0.0]))
+
+
+def test_lambda_return_by_brute_force():
+    """The recursion equals the weighted mean of all n-step returns, written out."""
+    horizon, lam = 6, 0.9
+    reward, value = torch.randn(horizon), torch.randn(horizon)
+    discount = torch.rand(horizon)
+    returns = lambda_return(reward, discount, value, lam)
+    for t in range(horizon):
+        n_step = []
+        for n in range(1, horizon - t + 1):  # n rewards, then the value
+            total, d = 0.0, 1.0
+            for j in range(t, t + n):
+                total, d = total + d * reward[j], d * discount[j]
+            n_step.append(total + d * value[t + n - 1])
+        weights = [(1 - lam) * lam ** i for i in range(len(n_step) - 1)] + [lam ** (len(n_step) - 1)]
+        assert torch.allclose(returns[t], sum(w * r for w, r in zip(weights, n_step)), atol=1e-5)
+
+
+def test_normaliser_follows_the_percentiles_down_to_its_floor():
+    """Returns are divided by their 5-95 percentile range, averaged over updates, and never by less than the floor."""
+    normaliser = ReturnNormaliser([1.0, 0.1])
+    returns = torch.stack([torch.linspace(0, 200, 1001), torch.linspace(0, 1e-3, 1001)], -1)[None]
+    assert torch.allclose(normaliser(returns), torch.tensor([180.0, 0.1]), rtol=1e-3)
+    for _ in range(2000):
+        scale = normaliser(returns / 2)
+    assert torch.allclose(scale, torch.tensor([90.0, 0.1]), rtol=0.01)
+
+
+def test_novelty_is_zero_at_perfect_reconstruction():
+    """Novelty is the mean squared reconstruction error of h, nothing else."""
+    autoencoder, h = SubgoalAutoencoder(16, (8, 8), 32, 1), torch.randn(5, 16)
+    autoencoder.decode = lambda code: h
+    assert (autoencoder.loss(h)[1] == 0).all()
+    assert torch.allclose(autoencoder.loss(h + 0.5)[1], torch.full((5,), 0.25))
+
+
+def test_autoencoder_learns_signs_sizes_and_all_codes():
+    """Decoded goals reach negative values, and the KL to uniform keeps the codes in use."""
+    autoencoder, centres = SubgoalAutoencoder(16, (8, 8), 64, 1), 2 * torch.randn(20, 16)
+    optimiser = Optimiser(autoencoder, 3e-3, 1e-6, 100)
+    for _ in range(300):
+        loss, novelty = autoencoder.loss(centres[torch.randint(20, (128,))])
+        optimiser.step(loss)
+    goals = autoencoder.decode(sample_onehot(unimix(torch.zeros(500, 8, 8))).flatten(-2))
+    assert novelty.mean() < 0.5 * centres.square().mean() and goals.min() < -1
+    assert autoencoder.loss(3 * torch.randn(128, 16))[1].mean() > 2 * novelty.mean()  # the unseen is novel
+
+
+def test_actions_of_higher_levels_have_the_joint_probability():
+    """The log-probability and the entropy of 8 independent choices are sums, not means."""
+    actor, feature = Actor(5, (8, 8), 16, 1), torch.randn(3, 5)
+    torch.nn.init.normal_(actor.net[-1].weight)
+    log_p = actor(feature)
+    action = sample_onehot(log_p)
+    reference = torch.distributions.Independent(torch.distributions.OneHotCategorical(logits=log_p), 1)
+    assert torch.allclose((log_p * action).sum((-2, -1)), reference.log_prob(action), atol=1e-4)
+    assert torch.allclose(entropy(log_p), reference.entropy(), atol=1e-4)
+
+
+def life(agent, lengths, terminal=True, reward=lambda t: float(t), seed=0):
+    """Play episodes of the given lengths; returns for each level the list of (episode, t, stored step)."""
+    rng = np.random.default_rng(seed)
+    memory, stored = agent.initial_memory(1), [[] for _ in agent.levels]
+    for episode, length in enumerate(lengths):
+        for t in range(length + 1):
+            flags = [np.array([flag]) for flag in (t == 0, t == length, terminal and t == length)]
+            memory, _, ticks = agent.act(memory, rng.random((1, 4), np.float32), np.float32([reward(t) * (t > 0)]), *flags)
+            for i, tick in enumerate(ticks):
+                stored[i].append((episode, t, agent.transition(i, tick), tick))
+    return stored
+
+
+def test_levels_tick_on_the_grid_and_at_the_end():
+    """Level i ticks at t = 0, k^i, 2 k^i, ... of every episode and at its last step, and starts afresh after it."""
+    lengths = [37, 1, 16, 3]
+    stored = life(small(), lengths)
+    for i, steps in enumerate(stored):
+        grid = [(e, t) for e, n in enumerate(lengths) for t in range(n + 1) if t % 4 ** i == 0 or t == n]
+        assert [(e, t) for e, t, _, _ in steps] == grid
+        for e, t, step, _ in steps:
+            assert step["is_first"] == (t == 0)
+            assert step["is_last"] == step["is_terminal"] == (t == lengths[e])
+
+
+@pytest.mark.parametrize("length", [1, 2, 3, 5, 15, 17, 37, 64, 65])
+def test_no_reward_is_lost_at_any_level(length):
+    """The rewards in every level's replay sum to the episode's true return, whatever its length."""
+    for steps in life(small(), [length, length + 1]):
+        for episode, n in enumerate((length, length + 1)):
+            assert sum(step["reward"] for e, _, step, _ in steps if e == episode) == sum(range(1, n + 1))
+
+
+def test_a_level_sees_the_last_states_below_it_up_to_now():
+    """The k stacked states have ages 3, 2, 1, 0, with zeros in front before there are k of them."""
+    lengths = [21, 6]
+    stored = life(small(), lengths)
+    for below, above in zip(stored, stored[1:]):
+        for episode, t, step, _ in above:
+            past = [s for e, u, s, tick in below if e == episode and u <= t]
+            states = [tick["state"] for e, u, s, tick in below if e == episode and u <= t][-4:]
+            expected_h = torch.zeros(4, 64)
+            expected_h[4 - len(states):] = torch.stack([symlog(state.h[0]) for state in states])
+            expected_z = torch.zeros(4, 8)
+            expected_z[4 - len(states):] = torch.stack([state.z[0].argmax(-1) + 1.0 for state in states])
+            assert np.allclose(step["h"], expected_h, atol=1e-6) and (step["z"] == expected_z.numpy()).all()
+            assert len(states) == min(4, len(past))
+
+
+def test_subgoals_are_held_until_the_level_above_ticks_again():
+    """The subgoal stored at each step is the newest action of the level above, chosen at this very tick or before."""
+    stored = life(small(), [37])
+    for below, above in zip(stored, stored[1:]):
+        for _, t, step, _ in below:
+            held = [s["action"] for _, u, s, _ in above if u <= t][-1]
+            assert (step["subgoal"] == held).all()
+    assert stored[-1][0][2]["subgoal"].shape == (0,)  # no one stands above the top level
+
+
+def test_truncation_is_not_termination():
+    """A time limit ends the sequence, is_last, but does not teach the continue head that the world ends."""
+    for steps in life(small(), [10], terminal=False):
+        assert steps[-1][2]["is_last"] and not steps[-1][2]["is_terminal"]
+
+
+def test_the_replayed_observation_is_what_was_seen():
+    """What the replay stores as class numbers becomes, bit for bit, what the level's world model saw when acting."""
+    agent = small()
+    for i, steps in enumerate(life(agent, [9])):
+        for _, _, step, tick in steps:
+            batch = {name: torch.as_tensor(value)[None, None] for name, value in step.items()}
+            seen = torch.as_tensor(tick["observation"]) if i == 0 else tick["recent"].flatten(1)
+            assert torch.equal(agent.levels[i].dense(batch)[0], seen)
+
+
+def test_acting_leaves_the_memory_it_was_given_alone():
+    """`act` is a function of its arguments: evaluation between two steps cannot disturb training."""
+    agent = small()
+    memory = agent.initial_memory(1)
+    arguments = np.ones((1, 4), np.float32), np.float32([0]), *(np.array([flag]) for flag in (False, False, False))
+    outcomes = []
+    for _ in range(2):
+        torch.manual_seed(5)
+        new, action, _ = agent.act(memory, *arguments)
+        outcomes.append((new, action))
+    assert memory["t"] == -1 and all((level["x"] == 0).all() for level in memory["levels"])
+    assert all(torch.equal(a["x"], b["x"]) for a, b in zip(outcomes[0][0]["levels"], outcomes[1][0]["levels"]))
+    assert (outcomes[0][0]["levels"][0]["x"] != 0).any()
+
+
+def test_environments_side_by_side_do_not_mix():
+    """Environments at different stages of their episodes keep their own clocks, states and rewards."""
+    agent, n = small(), 3
+    memory, lengths, t = agent.initial_memory(n), np.array([5, 7, 16]), np.zeros(3, int)
+    for _ in range(40):
+        memory, _, ticks = agent.act(memory, np.zeros((n, 4), np.float32), np.float32(t > 0), t == 0, t == lengths,
+                                     t == lengths)
+        for i, tick in enumerate(ticks):
+            assert set(tick["rows"]) == set(np.flatnonzero((t % 4 ** i == 0) | (t == lengths)))
+            since = np.where(t % 4 ** i == 0, np.minimum(t, 4 ** i), t % 4 ** i)
+            assert np.allclose(tick["reward"], since[tick["rows"]])
+        t = np.where(t == lengths, 0, t + 1)
+
+
+def batch_of(agent, i, B=3, T=8, device="cpu"):
+    """A random batch for level i, as its replay would give it."""
+    rng, batch = np.random.default_rng(0), {}
+    for name, (shape, dtype) in agent.specs[i].items():
+        high = {"action": agent.levels[i].action_shape[1], "observation": 256}.get(name, 8)
+        values = rng.random((B, T, *shape)) if dtype == np.float32 else rng.integers(0, high, (B, T, *shape))
+        batch[name] = torch.from_numpy(values.astype(dtype)).to(device)
+    for name in ("is_first", "is_last", "is_terminal"):
+        batch[name] = torch.zeros(B, T, dtype=torch.bool, device=device)
+    return batch
+
+
+@pytest.mark.parametrize("levels", [1, 3])
+def test_an_update_changes_every_parameter_and_nothing_is_on_the_wrong_device(levels):
+    """One update trains all networks of a level; on the meta device, where any tensor made elsewhere and any peek at a
+    value is an error, the same update runs through: so it neither mixes devices nor waits for one."""
+    shape = (64, 64, 3)
+    agent = small(levels, shape, actor_lr=1e-2)  # at 3e-5 two steps vanish in rounding
+    with torch.device("meta"):
+        ghost = small(levels, shape)
+    for i, level in enumerate(agent.levels):
+        before = {name: p.clone() for name, p in level.named_parameters()}
+        for _ in range(3):  # heads that start at zero pass on gradients only later
+            metrics = level.update(batch_of(agent, i))
+        unused = ("autoencoder",) if levels == 1 else ()
+        for name, p in level.named_parameters():
+            assert torch.equal(p, before[name]) == name.startswith(unused or "none"), name
+        assert all(np.isfinite(value.item()) for value in metrics.values())
+        metrics = ghost.levels[i].update(batch_of(ghost, i, device="meta"))
+        assert all(value.device.type == "meta" for value in metrics.values())
+
+
+def test_nothing_is_learned_from_beyond_the_end():
+    """Rollouts that start in a terminal state have weight zero for actor and critics."""
+    level = small(1).levels[0]
+    feature = torch.randn(5, 6, level.world_model.feature_size)
+    actions = F.one_hot(torch.randint(3, (4, 6)), 3).float()
+    before = [p.clone() for p in itertools.chain(level.actor.parameters(), level.critics.parameters())]
+    level._behave(feature, actions, torch.ones(4, 6, 1), torch.ones(4, 6), alive=torch.zeros(6))
+    after = list(itertools.chain(level.actor.parameters(), level.critics.parameters()))
+    assert all(torch.equal(a, b) for a, b in zip(before, after))
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# replay.py
+# ---------------------------------------------------------------------------------------------------------------
+
+def counting_replay(capacity, length, tau, steps=0, seed=0):
+    replay = Replay({"t": ((), np.int64)}, capacity, length, tau, np.random.default_rng(seed))
+    for t in range(steps):
+        replay.add({"t": t})
+    return replay
+
+
+DECILES = [0.053, 0.070, 0.080, 0.089, 0.097, 0.106, 0.113, 0.122, 0.130, 0.139]  # the law at tau 0.3, old to new
+
+
+@pytest.mark.parametrize("held, capacity", [(50, 5000), (2000, 5000), (12_345, 5000)])
+def test_draws_follow_the_law_while_the_ring_fills_and_after_it_wraps(held, capacity):
+    """Start positions fall into tenths, old to new, as the closed form says, at any fill: not only when full."""
+    replay = counting_replay(capacity, 11, 0.3, held)
+    draws = replay.draw(200_000) / replay.starts
+    assert replay.starts == min(held, capacity) - 10
+    if replay.starts >= 1000:
+        counts = np.histogram(draws, 10, (0, 1))[0] / len(draws)
+        assert np.abs(counts - DECILES).max() < 0.004
+    uniform = counting_replay(capacity, 11, 0.0, held)
+    assert abs((uniform.draw(200_000) / uniform.starts).mean() - 0.5) < 0.02
+    assert abs(draws.mean() - 0.575) < 0.02  # the law's mean: 0.3 * 3/4 + 0.7 * 1/2
+
+
+def test_the_law_is_the_distribution_of_expected_counts():
+    """Uniform draws on a growing buffer give entry x of n about ln(n/x) draws: the law's density, integrated."""
+    n = 2000
+    expected = np.cumsum((1 / np.arange(1, n + 1))[::-1])[::-1]  # 1/i + ... + 1/n
+    u = np.arange(1, n + 1) / n
+    assert np.abs(np.cumsum(expected) / expected.sum() - etbs_cdf(u)).max() < 0.005
+    assert etbs_cdf(np.array([0.0, 1.0])).tolist() == [0, 1]
+
+
+@pytest.mark.parametrize("steps", [7, 20, 33, 64, 95])
+def test_no_sequence_crosses_the_write_head(steps):
+    """Every sequence is consecutive in time, before and after the ring wraps, and every start can be drawn."""
+    replay = counting_replay(20, 7, 0.3, steps)
+    batch = replay.sample(3000)["t"]
+    assert (np.diff(batch, axis=1) == 1).all()
+    assert set(batch[:, 0]) == set(range(max(0, steps - 20), steps - 6))
+
+
+def test_a_replay_that_is_too_small_says_so():
+    """Too little in it, or too little room, is an error in words."""
+    with pytest.raises(ValueError, match="holds 3 steps, a sequence needs 7"):
+        counting_replay(20, 7, 0.3, 3).sample(1)
+    with pytest.raises(ValueError, match="cannot hold one sequence"):
+        counting_replay(5, 7, 0.3)
+
+
+def test_saved_pieces_become_the_same_ring(tmp_path):
+    """Only new steps are written at each save, old files leave with their steps, and loading gives the same ring."""
+    replay = counting_replay(20, 5, 0.3)
+    for t in range(73):
+        replay.add({"t": t})
+        if t % 7 == 6 or t in (30, 31):
+            written = set(tmp_path.iterdir())
+            replay.save(tmp_path)
+            replay.prune(tmp_path)
+            assert len(set(tmp_path.iterdir()) - written) == 1
+            loaded = counting_replay(20, 5, 0.3)
+            loaded.load(tmp_path, replay.total)
+            assert (loaded.arrays["t"] == replay.arrays["t"]).all() or replay.total < 20
+            assert (loaded.sample(50)["t"] == counting_replay(20, 5, 0.3, t + 1).sample(50)["t"]).all()
+    assert len(list(tmp_path.iterdir())) <= 5
+    total, kept = replay.total, replay.saved
+    replay.add({"t": 73})
+    replay.save(tmp_path)  # a save whose checkpoint never came: undone by loading the one before
+    older = counting_replay(20, 5, 0.3)
+    older.load(tmp_path, kept)
+    assert older.total == kept < total + 1 and older.sample(20)["t"].max() < kept
+    with pytest.raises(ValueError, match="needs 99"):
+        counting_replay(20, 5, 0.3).load(tmp_path, 99)
