@@ -595,3 +595,254 @@ def test_saved_pieces_become_the_same_ring(tmp_path):
     assert older.total == kept < total + 1 and older.sample(20)["t"].max() < kept
     with pytest.raises(ValueError, match="needs 99"):
         counting_replay(20, 5, 0.3).load(tmp_path, 99)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# train.py
+# ---------------------------------------------------------------------------------------------------------------
+
+class Catch(gymnasium.Env):
+    """Three blocks fall, one after the other, through 8 rows of 6 columns; each one caught by the paddle is a point.
+
+    Perfect play earns 3; moving at random about 0.5, since a block must be followed for several steps in a row.
+    """
+
+    COLUMNS, ROWS, DROPS = 6, 8, 3
+
+    def __init__(self, image=False):
+        self.image = image
+        self.observation_space = (gymnasium.spaces.Box(0, 255, (64, 64, 3), np.uint8) if image else
+                                  gymnasium.spaces.Box(0, 1, (2 * self.COLUMNS + self.ROWS,), np.float32))
+        self.action_space = gymnasium.spaces.Discrete(3)
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        self.t, self.paddle, self.block = 0, self.COLUMNS // 2, int(self.np_random.integers(self.COLUMNS))
+        return self.observe(), {}
+
+    def step(self, action):
+        self.paddle = min(max(self.paddle + int(action) - 1, 0), self.COLUMNS - 1)
+        self.t, reward = self.t + 1, 0.0
+        if self.t % self.ROWS == 0:
+            reward, self.block = float(self.paddle == self.block), int(self.np_random.integers(self.COLUMNS))
+        return self.observe(), reward, self.t == self.ROWS * self.DROPS, False, {}
+
+    def observe(self):
+        row = self.t % self.ROWS
+        if self.image:
+            screen = np.zeros((64, 64, 3), np.uint8)
+            screen[7 * row:7 * row + 7, 10 * self.block:10 * self.block + 10, 0] = 255
+            screen[57:, 10 * self.paddle:10 * self.paddle + 10, 1] = 255
+            return screen
+        vector = np.zeros(2 * self.COLUMNS + self.ROWS, np.float32)
+        vector[[self.block, self.COLUMNS + self.paddle, 2 * self.COLUMNS + row]] = 1
+        return vector
+
+    def get_state(self):
+        return {"t": self.t, "paddle": self.paddle, "block": self.block, "rng": self.np_random.bit_generator.state}
+
+    def set_state(self, state):
+        self.reset(seed=0)
+        self.t, self.paddle, self.block = state["t"], state["paddle"], state["block"]
+        self.np_random.bit_generator.state = state["rng"]
+
+
+def catch_config(directory, **settings):
+    """Settings for Catch: small networks, large learning rates."""
+    return train.Config(**dict(
+        game="catch", preset="debug", device="cpu", logdir=str(directory), levels=2, steps=400, warmup=100, train_every=2,
+        batch_size=8, batch_length=32, replay_size=10_000, stoch=8, classes=8, hidden=64, state_size=32, s5_layers=2,
+        units=64, horizon=12, starts=128, model_lr=1e-3, actor_lr=6e-4, critic_lr=3e-4, autoencoder_lr=1e-3,
+        entropy_scale=3e-3, log_every=100, save_every=200, eval_episodes=2) | settings)
+
+
+def metrics_of(directory):
+    """metrics.jsonl without what depends on the clock."""
+    lines = [json.loads(line) for line in (Path(directory) / "metrics.jsonl").read_text().splitlines()]
+    return [line for line in lines if not any(name.startswith("seconds") for name in line)]
+
+
+def test_resumed_run_is_bitwise_the_undisturbed_one(tmp_path):
+    """Stop at a checkpoint, start a new process' worth of objects, resume: metrics and weights are the same bits."""
+    whole = train.Run(catch_config(tmp_path / "whole"), Catch())
+    train.train(whole, progress=False)
+    first = train.Run(catch_config(tmp_path / "parts", steps=200), Catch())
+    train.train(first, progress=False)
+    config = catch_config(tmp_path / "parts")
+    second = train.Run(dataclasses.replace(config, seed=1), Catch())  # whatever it starts from is replaced
+    second.restore(train.load_checkpoint(tmp_path / "parts" / "checkpoint.pt", "cpu"))
+    assert second.step == 200
+    train.train(second, progress=False)
+    assert metrics_of(tmp_path / "whole") == metrics_of(tmp_path / "parts")
+    assert second.curve == whole.curve and second.updates == whole.updates and min(whole.updates) > 0
+    for name, value in whole.agent.state_dict().items():
+        assert torch.equal(value, second.agent.state_dict()[name]), name
+
+
+def test_a_non_finite_loss_stops_the_run(tmp_path):
+    """NaN is never trained on silently: the run ends, the level and the losses are named, no checkpoint is written."""
+    run = train.Run(catch_config(tmp_path), Catch())
+    run.agent.levels[1].world_model.outcome[-1].bias.data.fill_(float("nan"))
+    with pytest.raises(FloatingPointError, match="level 1: model/reward_loss"):
+        train.train(run, progress=False)
+    assert not (tmp_path / "checkpoint.pt").exists()
+
+
+def test_every_setting_is_read():
+    """No setting is without effect: each field of Config is used somewhere in train.py, apart from its definition."""
+    source = Path(train.__file__).read_text()
+    body = source[source.index("class UsageError"):]
+    for field in dataclasses.fields(train.Config):
+        used = re.search(rf'(\b(config|c)\.{field.name}\b)|"{field.name}"', body)
+        assert used or field.name.endswith("_weight"), field.name  # the three weights are read as name + "_weight"
+        assert field.metadata["help"]
+    for name, preset in train.PRESETS.items():
+        assert preset.keys() <= {field.name for field in dataclasses.fields(train.Config)}, name
+        train.make_config({"preset": name})
+
+
+@pytest.mark.parametrize("flags, words", [
+    ("--game pnog", ["unknown game 'pnog'", "pong"]),
+    ("--gmae pong", ["unknown flag --gmae", "--game"]),
+    ("--levels 0", ["--levels 0", "1 to 6"]),
+    ("--levels three", ["--levels", "three"]),
+    ("--batch_length 1", ["--batch_length 1", "at least 2"]),
+    ("--subgoal_classes 1", ["--subgoal_classes 1", "2 to 255"]),
+    ("--tau 1.5", ["--tau 1.5", "0 to 1"]),
+    ("--tau nan", ["--tau nan", "0 to 1"]),
+    ("--state_size 12", ["--state_size 12", "multiple of 8"]),
+    ("--starts 5000", ["--starts 5000", "16 x 64"]),
+    ("--replay_size 500", ["--replay_size 500", "64"]),
+    ("--first_stride 3", ["--first_stride", "3"]),
+    ("--preset cup", ["--preset", "cpu"]),
+    ("--device cuda:99", ["--device cuda:99"]),
+    ("--device gpu", ["--device gpu"]),
+    ("--steps 0", ["--steps 0", "at least 1"]),
+    ("pong", ["pong"]),
+])
+def test_bad_input_is_one_clear_line(flags, words):
+    """Whatever is wrong on the command line is said in one line, with what would be right."""
+    with pytest.raises(train.UsageError) as error:
+        train.main(["--preset", "paper", *flags.split()])
+    assert "\n" not in str(error.value) and all(word in str(error.value) for word in words)
+
+
+def test_runs_are_never_overwritten_and_bad_checkpoints_are_named(tmp_path):
+    """An existing run is kept; a missing, truncated or foreign checkpoint, or a flag that contradicts it, is said."""
+    def error(*flags):
+        with pytest.raises(train.UsageError) as caught:
+            train.main(["--device", "cpu", "--logdir", str(tmp_path), *flags])
+        return str(caught.value)
+
+    assert "does not exist" in error("--resume")
+    (tmp_path / "checkpoint.pt").write_bytes(b"no checkpoint")
+    assert "is not a checkpoint" in error("--resume")
+    assert "already exists: add --resume" in error()
+    config = train.make_config({"preset": "debug", "levels": 1, "logdir": str(tmp_path)})
+    train.Run(config, train.Atari("pong")).save()
+    assert "--levels 2 contradicts" in error("--resume", "--levels", "2")
+    assert "--game" in error("--resume", "--game", "boxing")
+    whole = (tmp_path / "checkpoint.pt").read_bytes()
+    (tmp_path / "checkpoint.pt").write_bytes(whole[:len(whole) // 2])
+    assert "is not a checkpoint" in error("--resume")
+
+
+def test_command_line_exit_codes_and_signals(tmp_path):
+    """A typo exits with 2 and one line on stderr; Ctrl+C saves the run, says how to continue it, and it continues."""
+    command = [sys.executable, "train.py", "--logdir", str(tmp_path / "run"), "--device", "cpu"]
+    here = Path(train.__file__).parent
+    wrong = subprocess.run([*command, "--game", "pnog"], cwd=here, capture_output=True, text=True)
+    assert wrong.returncode == 2 and wrong.stderr.count("\n") == 1 and not (tmp_path / "run").exists()
+    settings = ["--game", "pong", "--preset", "debug", "--steps", "100000", "--save_every", "100000"]
+    process = subprocess.Popen([*command, *settings], cwd=here, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+    while not (tmp_path / "run" / "metrics.jsonl").exists():
+        assert process.poll() is None
+        time.sleep(0.1)
+    process.send_signal(signal.SIGINT)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 130 and "continue with: python train.py" in output
+    step = int(re.search(r"stopped at step (\d+)", output)[1])
+    resumed = subprocess.run([*command, "--resume", "--steps", str(step + 10), "--eval_episodes", "1"], cwd=here,
+                             capture_output=True, text=True)
+    assert resumed.returncode == 0 and f"resumed at step {step}" in resumed.stdout
+    assert f"pong after {step + 10} steps: score" in resumed.stdout
+    summary = json.loads((tmp_path / "run" / "evaluation.json").read_text())
+    assert summary["agent_steps"] == step + 10 and len(summary["returns"]) == 1
+
+
+@pytest.mark.parametrize("spelling", ["ms_pacman", "MsPacman", "mspacman", "Ms-Pacman", "MS PACMAN"])
+def test_games_may_be_spelled_as_people_do(spelling):
+    """Any spelling of a game finds it, and all 26 games of the benchmark are there."""
+    assert train.atari_name(spelling) == "ms_pacman"
+    assert len(train.REFERENCE) == 26 and all(train.atari_name(game) == game for game in train.REFERENCE)
+
+
+def test_screen_is_averaged_by_area():
+    """Each of the 64x64 pixels is the mean of the screen over its area of 3.28 x 2.5 pixels, rounded."""
+    env = train.Atari("breakout")
+    env.reset(seed=0)
+    for action in (1, 2, 3, 2, 0):
+        observation, *_ = env.step(action)
+    screen = np.maximum(env.previous, env.screen).astype(np.float64)
+    assert observation.shape == (64, 64, 3) and observation.dtype == np.uint8 and observation.max() > 100
+    for row, column in ((0, 0), (5, 7), (31, 32), (50, 13), (63, 63)):
+        top, left = row * 210 / 64, column * 160 / 64
+        rows = [max(0, min(top + 210 / 64, r + 1) - max(top, r)) for r in range(210)]
+        columns = [max(0, min(left + 2.5, c + 1) - max(left, c)) for c in range(160)]
+        mean = np.einsum("r,c,rcd->d", rows, columns, screen) / (210 / 64 * 2.5)
+        assert np.abs(observation[row, column] - mean).max() <= 0.5 + 1e-3
+
+
+def test_actions_repeat_and_the_end_is_seen():
+    """One agent step is four frames with their rewards summed; the last observation shows the frame on which it ended,
+    and reaching the frame limit is truncation, not termination."""
+    env = train.Atari("pong")
+    env.reset(seed=0)
+    frames, calls = env.frames, []
+    original = env.game.step
+
+    def ends_on_the_second_frame(action):
+        screen, _, _, truncated, info = original(action)
+        calls.append(action)
+        return np.full_like(screen, min(10 * len(calls), 60)), 1.0, len(calls) == 6, truncated, info
+
+    env.game.step = ends_on_the_second_frame
+    observation, reward, terminated, truncated, _ = env.step(2)
+    assert calls == [2] * 4 and reward == 4 and not terminated and env.frames == frames + 4 and (observation == 40).all()
+    observation, reward, terminated, truncated, _ = env.step(3)
+    assert calls[4:] == [3, 3] and reward == 2 and terminated and not truncated and (observation == 60).all()
+    env.reset()
+    env.frames = env.MAX_FRAMES - 2
+    _, _, terminated, truncated, _ = env.step(0)
+    assert truncated and not terminated
+
+
+def test_emulator_continues_bitwise_after_it_is_restored():
+    """A restored game shows the same frames, gives the same rewards, and draws the same no-ops at the next reset."""
+    env, other = train.Atari("breakout"), train.Atari("breakout")
+    env.reset(seed=3)
+    actions = np.random.default_rng(0).integers(4, size=60)
+    for action in actions[:20]:
+        env.step(action)
+    other.set_state(train.unpack(train.pack(env.get_state())))
+    for action in actions[20:]:
+        a, b = env.step(action), other.step(action)
+        assert (a[0] == b[0]).all() and a[1:4] == b[1:4]
+    assert (env.reset()[0] == other.reset()[0]).all() and env.frames == other.frames
+
+
+def test_every_environment_plays_its_share():
+    """Episodes are shared out evenly, so that short ones are not favoured; returns are exact."""
+    agent = small(1, (20,), 3)
+    returns = train.play(agent, Catch, 12, progress=False)
+    assert len(returns) == 12 and set(returns) <= {0.0, 1.0, 2.0, 3.0}
+
+
+@pytest.mark.parametrize("levels, steps, seed", [(1, 3500, 0), (2, 5000, 0)])
+def test_it_learns(levels, steps, seed, tmp_path):
+    """Flat and hierarchical agents learn Catch to 90% of the best return; an untrained agent is far below."""
+    run = train.Run(catch_config(tmp_path, levels=levels, steps=steps, seed=seed, save_every=steps), Catch())
+    untrained = np.mean(train.play(run.agent, Catch, 48, seed=1, progress=False))
+    train.train(run, progress=False)
+    trained = np.mean(train.play(run.agent, Catch, 48, seed=1, progress=False))
+    assert untrained < 1.0 and trained >= 0.9 * Catch.DROPS, (untrained, trained)

@@ -66,10 +66,10 @@ class TwoHot(nn.Module):
         """Cross-entropy to the two-hot code of `target` (...): the code itself, 255 wide, is never built."""
         position = (symlog(target) - self.low) / self.width
         position = position.clamp(0, len(self.bins) - 1)
-        below = position.floor().clamp(max=len(self.bins) - 2)
+        below = position.long().clamp(0, len(self.bins) - 2)  # a target of NaN must stay a NaN, not become an index
         weight = position - below  # of the bin above
         log_p = torch.log_softmax(logits, -1)
-        near = log_p.gather(-1, torch.stack([below, below + 1], -1).long())
+        near = log_p.gather(-1, torch.stack([below, below + 1], -1))
         return -((1 - weight) * near[..., 0] + weight * near[..., 1])
 
 
