@@ -383,11 +383,12 @@ class Run:
                 batch = {name: torch.from_numpy(array).to(c.device, non_blocking=True)
                          for name, array in replay.sample(c.batch_size).items()}
                 with self.autocast():
-                    self.log.add(i, level.update(batch))
+                    self.log.add(self.step, i, level.update(batch))
                 self.updates[i] += 1
 
     def save(self):
         """Write a checkpoint. The old one stays valid until the new one is complete and takes its name."""
+        self.log.means(self.step)  # nothing that is not finite gets into a checkpoint
         self.directory.mkdir(parents=True, exist_ok=True)
         for i, replay in enumerate(self.replays):
             replay.save(self.directory / f"replay-{i}")
@@ -434,8 +435,11 @@ class Log:
     def __init__(self, directory):
         self.path, self.sums, self.counts, self.file, self.board = directory / "metrics.jsonl", {}, {}, None, None
 
-    def add(self, level, metrics):
-        """Sum the metrics {name: scalar tensor} of one update of a level."""
+    def add(self, step, level, metrics):
+        """Sum the metrics {name: scalar tensor} of one update of a level. On the CPU they are checked at once; on a
+        GPU looking would mean waiting, so there `flush` checks their sums."""
+        if metrics["model/kl_loss"].device.type == "cpu":
+            self.check(f"at step {step}", level, {name: value.item() for name, value in metrics.items()})
         sums = self.sums.setdefault(str(level), {})
         for name, value in metrics.items():
             sums[name] = sums[name] + value if name in sums else value
@@ -456,14 +460,25 @@ class Log:
         for name, value in values.items() if self.board else ():
             self.board.add_scalar(name if level is None else f"level_{level}/{name}", value, step)
 
-    def flush(self, step):
-        """Write the mean metrics since the last flush, one line a level. Raises FloatingPointError if one is not finite."""
+    def check(self, when, level, values):
+        """Raises FloatingPointError, with the level and the names, if one of {name: number} is not finite."""
+        wrong = [name for name, value in values.items() if not np.isfinite(value)]
+        if wrong:
+            raise FloatingPointError(f"{when}, level {level}: not finite: {', '.join(wrong)}; the last checkpoint in"
+                                     f" {self.path.parent} was saved before, --resume repeats what led here")
+
+    def means(self, step):
+        """{level: {name: mean since the last flush}}, checked."""
+        result = {}
         for level, sums in self.sums.items():
             means = torch.stack([value.float() for value in sums.values()]).cpu() / self.counts[level]
-            values = dict(zip(sums, means.tolist()))
-            wrong = [name for name, value in values.items() if not np.isfinite(value)]
-            if wrong:
-                raise FloatingPointError(f"level {level}: {', '.join(wrong)} not finite in the updates up to step {step}")
+            result[level] = dict(zip(sums, means.tolist()))
+            self.check(f"in the updates up to step {step}", level, result[level])
+        return result
+
+    def flush(self, step):
+        """Write the mean metrics since the last flush, one line a level."""
+        for level, values in self.means(step).items():
             self.write(step, values, int(level))
         self.sums, self.counts = {}, {}
 

@@ -172,6 +172,8 @@ class ImageDecoder(nn.Sequential):
                 layers += [nn.ConvTranspose2d(inputs, outputs, 2 * s, s, s // 2, bias=outputs == 3)]
             layers += [] if outputs == 3 else [ChannelNorm(outputs), nn.SiLU()]
         super().__init__(*layers)
+        for parameter in next(layer for layer in reversed(layers) if list(layer.parameters())).parameters():
+            nn.init.zeros_(parameter)  # see WorldModel.centre
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -221,7 +223,9 @@ class WorldModel(nn.Module):
         else:
             size, = self.observation_shape
             self.encoder = MLP(size, stoch * classes, units, mlp_layers)
-            self.decoder = MLP(inputs, size, units, mlp_layers)
+            self.decoder = MLP(inputs, size, units, mlp_layers, zero_init=True)
+        self.register_buffer("mean", torch.zeros(self.observation_shape))  # of all observations trained on
+        self.register_buffer("batches", torch.zeros(()))
         self.inputs = nn.Linear(stoch * classes + action_size, hidden)
         self.s5 = S5Stack(hidden, state_size, s5_layers)
         self.h_from_x = nn.Linear(s5_layers * state_size, hidden)
@@ -237,9 +241,19 @@ class WorldModel(nn.Module):
         return (torch.zeros(batch, *self.s5.state_shape, dtype=torch.cfloat, device=device),
                 torch.zeros(batch, *self.z_shape, device=device))
 
+    def centre(self, observation):
+        """Let the running mean of the observations follow a batch (B,T,...).
+
+        Encoder and decoder see only what differs from the mean, and the decoder starts at zero. Without this the first
+        thousand updates paint the static background, in which a ball of four pixels is lost: the encoder's output hardly
+        depends on the frame, z says nothing, so the decoder ignores it, so nothing teaches the encoder.
+        """
+        self.batches += 1
+        self.mean += torch.clamp(1 / self.batches, min=1e-3) * (observation.mean((0, 1)) - self.mean)
+
     def posterior(self, observation):
         """Log-probabilities of q(z | o): (N, *observation_shape) -> (N, 32, 32)."""
-        return unimix(self.encoder(observation).float().unflatten(-1, self.z_shape))
+        return unimix(self.encoder(observation - self.mean).float().unflatten(-1, self.z_shape))
 
     def prior(self, m):
         """Log-probabilities of p(z | m): (..., H) -> (..., 32, 32)."""
@@ -297,6 +311,7 @@ class WorldModel(nn.Module):
         means over (B,T). Truncation is not an end: only is_terminal teaches the continue head 0.
         Returns (loss, states (B,T) without gradients, metrics).
         """
+        self.centre(observation)
         z, h, x, log_q, log_p = self.observe(observation, action, is_first)
         reward_logits, cont_logit = self._outcome(z, h)
         reconstruction = self.decode(z, h)
@@ -316,7 +331,7 @@ class WorldModel(nn.Module):
     def decode(self, z, h):
         """(...,32,32), (...,H) -> observations (..., *observation_shape)."""
         inputs = torch.cat([z.flatten(-2), h], -1)
-        return self.decoder(inputs.flatten(0, -2)).float().unflatten(0, inputs.shape[:-1])
+        return self.decoder(inputs.flatten(0, -2)).float().unflatten(0, inputs.shape[:-1]) + self.mean
 
     # ---- dreams ----
 
