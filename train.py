@@ -96,7 +96,7 @@ PRESETS = {
     "paper": {},
     "cpu": dict(steps=20_000, train_every=2, warmup=500, batch_size=8, batch_length=32, stoch=16, classes=16, hidden=128,
                 state_size=64, s5_layers=2, units=128, mlp_layers=2, depth=24, first_stride=4, horizon=10, starts=128,
-                model_lr=6e-4, actor_lr=3e-4, critic_lr=3e-4, autoencoder_lr=6e-4, entropy_scale=3e-3,
+                model_lr=1e-3, actor_lr=3e-4, critic_lr=3e-4, autoencoder_lr=1e-3, entropy_scale=3e-3,
                 eval_episodes=20),
     "debug": dict(steps=1200, train_every=10, warmup=300, batch_size=4, batch_length=16, stoch=8, classes=8, hidden=64,
                   state_size=32, s5_layers=2, units=64, mlp_layers=1, depth=8, first_stride=4, horizon=5, starts=32,
