@@ -1,8 +1,8 @@
 """Score a trained agent, watch it, and set it beside others: `python evaluate.py runs/pong-0`.
 
-In this file: loading a run; films of what the agent sees, dreams and wants; how long its dreams stay true; scores of
-many runs by the conventions of Atari 100k; pictures of the two ideas underneath, S5 and time-balanced sampling.
-Read train.py before. Films and pictures need matplotlib, which is optional.
+In this file: loading a run; films of what the agent sees, dreams and wants; how long its dreams stay true;
+scores of many runs by the conventions of Atari 100k; pictures of S5 and of time-balanced sampling. Read train.py
+before. Films and pictures need matplotlib, which is optional.
 
 Symbols as in world_model.py and hierarchy.py: z, h, g (subgoal code), g_h (the same in h-space), k = 4.
 """
@@ -20,8 +20,8 @@ import torch
 
 from hierarchy import onehot
 from replay import Replay, etbs_cdf
-from train import (REFERENCE, Atari, Parser, UsageError, env_step, keep_freed_memory, load_checkpoint, make_agent,
-                   make_config, play, report, result)
+from train import (REFERENCE, Atari, Parser, UsageError, env_step, keep_freed_memory, load_checkpoint,
+                   make_agent, make_config, play, report, result)
 from world_model import sample_onehot, symexp
 
 SECOND = 15  # agent steps: 60 frames, 4 a step
@@ -32,10 +32,10 @@ SECOND = 15  # agent steps: 60 frames, 4 a step
 # ---------------------------------------------------------------------------------------------------------------
 
 def load_run(directory, device):
-    """(config, agent, checkpoint) of a run directory. Raises UsageError if its checkpoint does not fit this program.
+    """(config, agent, what else train.result needs) of a run directory.
 
-    The file may come from a stranger: it cannot execute anything (train.load_checkpoint), and its settings pass the
-    same checks as those of the command line.
+    The checkpoint may come from a stranger: it cannot execute anything (train.load_checkpoint), and its settings
+    pass the same checks as those of the command line. Raises UsageError if it does not fit this program.
     """
     path = Path(directory) / "checkpoint.pt"
     checkpoint = load_checkpoint(path, "cpu")
@@ -43,12 +43,12 @@ def load_run(directory, device):
         config = make_config(checkpoint["config"] | {"device": device, "logdir": str(directory)})
         agent = make_agent(config, Atari(config.game))
         agent.load_state_dict(checkpoint["weights"])
-        checkpoint = {name: checkpoint[name] for name in ("step", "seconds", "curve")}  # what train.result needs
+        history = {name: checkpoint[name] for name in ("step", "seconds", "curve")}
     except UsageError as error:
         raise UsageError(f"{path}: {error}")
     except (LookupError, TypeError, ValueError, AttributeError, RuntimeError) as error:
         raise UsageError(f"{path} does not fit this program: {' '.join(str(error).split())[:200]}") from error
-    return config, agent, checkpoint
+    return config, agent, history
 
 
 def life(agent, env, steps, seed):
@@ -71,15 +71,15 @@ def life(agent, env, steps, seed):
 def pixels(agent, i, z, h):
     """What a state (z, h) of level i looks like: (1,32,32), (1,H) -> (64,64,3) bytes.
 
-    Level i's decoder gives what level i observes: for i = 0 an image; above, the last k states [z, symlog h] of the
-    level below, of which the newest is decoded again, one level down, until an image comes out.
+    Level i's decoder gives what level i observes: for i = 0 an image; above, the last k states [z, symlog h]
+    of the level below, of which the newest is decoded again, one level down, until an image comes out.
     """
     observation = agent.levels[i].world_model.decode(z, h)
     for level in reversed(agent.levels[:i]):
         stoch, classes = level.world_model.z_shape
         newest = observation.unflatten(-1, (agent.k, -1))[:, -1]
         z, h = newest.split([stoch * classes, level.world_model.hidden], -1)
-        z = onehot(z.unflatten(-1, (stoch, classes)).argmax(-1), classes)  # a decoded z is only nearly one-hot
+        z = onehot(z.unflatten(-1, (stoch, classes)).argmax(-1), classes)  # decoded, it is nearly one-hot
         observation = level.world_model.decode(z, symexp(h))
     return image_bytes(observation[0])
 
@@ -94,7 +94,8 @@ def image_bytes(observation):
 # ---------------------------------------------------------------------------------------------------------------
 
 def libraries():
-    """(matplotlib's Figure, Pillow's Image, ImageDraw, ImageFont). Raises UsageError where they are missing."""
+    """(matplotlib's Figure, Pillow's Image, ImageDraw, ImageFont). Raises UsageError where they are
+    missing."""
     try:
         from matplotlib.figure import Figure
         from PIL import Image, ImageDraw, ImageFont
@@ -104,8 +105,8 @@ def libraries():
 
 
 def draw_frame(title, panels, bars=(), scale=3):
-    """One frame of a film, a Pillow image: panels [(image (64,64,3) bytes, (two, captions))] side by side, under them
-    bars [(label, share of the full length, number as text)]."""
+    """One frame of a film, a Pillow image: panels [(image (64,64,3) bytes, (two, captions))] side by side,
+    under them bars [(label, share of the full length, number as text)]."""
     _, Image, ImageDraw, ImageFont = libraries()
     side, gap, font = 64 * scale, 10, ImageFont.load_default(13)
     frame = Image.new("RGB", (gap + len(panels) * (side + gap), side + 74 + 20 * len(bars)), "white")
@@ -126,15 +127,17 @@ def draw_frame(title, panels, bars=(), scale=3):
 
 
 def save_film(path, frames, limit=5_000_000):
-    """Write Pillow images as an endless GIF, a frame a step; its end is cut off until it has less than `limit` bytes."""
+    """Write Pillow images as an endless GIF, a frame a step; its end is cut off until it has less than
+    `limit` bytes."""
     _, Image, _, _ = libraries()
     # One palette for all frames, made from a few of them: what stands still then costs nothing.
     some = frames[::max(1, len(frames) // 8)]
     montage = Image.new("RGB", (some[0].width, some[0].height * len(some)))
     for i, frame in enumerate(some):
         montage.paste(frame, (0, i * frame.height))
-    palette = montage.quantize(96)
-    frames, count = [frame.quantize(palette=palette, dither=Image.Dither.NONE) for frame in frames], len(frames)
+    palette = montage.quantize(128, Image.Quantize.MAXCOVERAGE)  # which keeps rare colours, such as a ball's
+    count = len(frames)
+    frames = [frame.quantize(palette=palette, dither=Image.Dither.NONE) for frame in frames]
     while True:
         file = io.BytesIO()
         frames[0].save(file, "GIF", save_all=True, append_images=frames[1:], duration=70, loop=0)
@@ -147,11 +150,12 @@ def save_film(path, frames, limit=5_000_000):
 
 
 def film(agent, env, game, seed, path, steps=20 * SECOND, restart=3 * SECOND):
-    """Some of the agent's life: the game, the model's view of it, an open-loop dream, the subgoals that are held.
+    """Some of the agent's life: the game, the model's view of it, an open-loop dream, the subgoals that are
+    held.
 
-    The dream is told the actions but sees nothing; every `restart` steps it starts again from the true state. The
-    subgoal g of level i is drawn from (z, g_h) with the z of the moment when it was set, since a goal is a place in
-    h-space only; the picture stands until the level above chooses again.
+    The dream is told the actions but sees nothing; every `restart` steps it starts again from the true state.
+    The subgoal g of level i is drawn from (z, g_h) with the z of the moment when it was set, since a goal is
+    a place in h-space only; the picture stands until the level above chooses again.
     """
     world, scenes, goals, score = agent.levels[0].world_model, [], {}, 0.0
     novelty = {i: 0.0 for i in range(1, len(agent.levels))}
@@ -171,22 +175,25 @@ def film(agent, env, game, seed, path, steps=20 * SECOND, restart=3 * SECOND):
             goals[i] = pixels(agent, i - 1, own[i - 1]["z"], g_h)
             novelty[i] = agent.levels[i].autoencoder.loss(ticks[i]["state"].h)[1].item()
         eyes = f"eyes shut for {shut / SECOND:.1f} s" if shut else "eyes open: starts again"
-        panels = [(now["observation"][0], ("the game, as the agent sees it", f"64 x 64 pixels, {SECOND} a second")),
-                  (pixels(agent, 0, state.z, state.h), ("what it makes of it", "decoded from its state (z, h)")),
-                  (pixels(agent, 0, z, h), ("what it dreams", eyes))]
+        panels = [
+            (now["observation"][0], ("the game, as the agent sees it", f"64 x 64 pixels, {SECOND} a second")),
+            (pixels(agent, 0, state.z, state.h), ("what it makes of it", "decoded from its state (z, h)")),
+            (pixels(agent, 0, z, h), ("what it dreams", eyes))]
         panels += [(goals[i], (f"goal set by level {i}", f"for level {i - 1}, every {agent.k ** i} steps"))
                    for i in sorted(goals)]
         scenes.append((f"{game}    {t / SECOND:5.1f} s    score {score:g}", panels, dict(novelty)))
     most = {i: max(scene[2][i] for scene in scenes) or 1.0 for i in novelty}
-    save_film(path, [draw_frame(title, panels, [(f"novelty for level {i}", value / most[i], f"{value:.3f}")
-                                                for i, value in bars.items()]) for title, panels, bars in scenes])
+    save_film(path, [
+        draw_frame(title, panels, [(f"novelty for level {i}", value / most[i], f"{value:.3f}")
+                                   for i, value in bars.items()]) for title, panels, bars in scenes])
 
 
 def dream_film(agent, env, game, seed, path, context=3 * SECOND, steps=15 * SECOND):
     """The agent plays inside its own head: some real steps, then level 0's world model in place of the game.
 
-    The world model runs alone, by its own `imagine`. All levels play on in it as they would in the game: they look at
-    the decoded frames and the predicted rewards. The film ends where the model believes the episode over.
+    The world model runs alone, by its own `imagine`. All levels play on in it as they would in the game: they
+    look at the decoded frames and the predicted rewards. The film ends where the model believes the episode
+    over.
     """
     names, frames, total, over = env.game.get_action_meanings(), [], 0.0, False
 
@@ -200,7 +207,7 @@ def dream_film(agent, env, game, seed, path, context=3 * SECOND, steps=15 * SECO
         start, action = ticks[0]["state"], ticks[0]["action"]
         show(now["observation"][0], start, action, ("the real game", "eyes open"))
         if now["is_last"][0]:
-            raise UsageError(f"the episode ended within {context} steps, too early for a dream; try another --seed")
+            raise UsageError(f"the episode ended within {context} steps, before the dream; try another seed")
 
     def policy(state):  # State of the dream -> action of level 0
         nonlocal memory, total, over
@@ -210,7 +217,8 @@ def dream_film(agent, env, game, seed, path, context=3 * SECOND, steps=15 * SECO
         memory, _, ticks = agent.act(memory, **env_step(image, state.reward.item()))
         if not over:
             shut = (len(frames) - context + 1) / SECOND
-            show(image, state, ticks[0]["action"], ("its dream", f"eyes shut for {shut:.1f} s, rewards {total:+.1f}"))
+            caption = ("its dream", f"eyes shut for {shut:.1f} s, rewards {total:+.1f}")
+            show(image, state, ticks[0]["action"], caption)
         over = over or state.cont.item() < 0.5
         return ticks[0]["action"]
 
@@ -226,7 +234,8 @@ CONTEXT, HORIZON = 5, 60  # steps seen, steps foreseen
 
 
 def fresh_sequences(agent, env, seed, count=32, length=CONTEXT + HORIZON):
-    """`count` sequences of `length` steps of newly played episodes: (observation, action, is_first), (N,T,...).
+    """`count` sequences of `length` steps of newly played episodes: (observation, action, is_first),
+    (N,T,...).
 
     None runs over an episode's end, since nobody could foresee the next episode's start.
     """
@@ -241,7 +250,7 @@ def fresh_sequences(agent, env, seed, count=32, length=CONTEXT + HORIZON):
         if len(sequences) == count:
             break
     else:
-        raise UsageError(f"the episodes are too short: only {len(sequences)} of {count} sequences of {length} steps")
+        raise UsageError(f"episodes are too short: {len(sequences)} of {count} sequences of {length} steps")
     observation, action, is_first = map(torch.stack, zip(*sequences))
     observation = agent.levels[0].dense({"observation": observation.to(action.device)})
     return observation, action, is_first.to(action.device)
@@ -250,13 +259,14 @@ def fresh_sequences(agent, env, seed, count=32, length=CONTEXT + HORIZON):
 def open_loop_error(truth, dreamed):
     """Mean squared error a pixel, pixels in [0, 1], at horizon 1 ... T - CONTEXT: {name: (T-CONTEXT,) array}.
 
-    truth, dreamed: (N,T,3,64,64). Beside the dream stand two predictors that know nothing of the game: the last frame
-    seen, repeated; and the mean of all frames, the future ones included, which nobody could know.
+    truth, dreamed: (N,T,3,64,64). Beside the dream stand two predictors that know nothing of the game: the
+    last frame seen, repeated; and the mean of all frames, the future ones included, which nobody could know.
     """
     future = truth[:, CONTEXT:]
     guesses = {"dream": dreamed[:, CONTEXT:], "last frame, repeated": truth[:, CONTEXT - 1:CONTEXT],
                "mean frame": truth.mean((0, 1))}
-    return {name: (guess - future).square().mean((0, 2, 3, 4)).cpu().numpy() for name, guess in guesses.items()}
+    return {name: (guess - future).square().mean((0, 2, 3, 4)).cpu().numpy()
+            for name, guess in guesses.items()}
 
 
 def open_loop_picture(errors, game, path):
@@ -292,8 +302,8 @@ def strip_picture(truth, dreamed, game, path, columns=(0, 1, 2, 5, 10, 15, 20, 3
 # Many runs beside published ones
 # ---------------------------------------------------------------------------------------------------------------
 
-# Mean scores at 100,000 agent steps, published: from the repositories of IRIS (for SimPLe and IRIS), DreamerV3 (its
-# second version) and DIAMOND. Nothing here was run by us. Random and human stand in train.REFERENCE.
+# Mean scores at 100,000 agent steps, published, none of them run here: from the repositories of IRIS (for SimPLe
+# and IRIS), DreamerV3 (second version) and DIAMOND. Random and human stand in train.REFERENCE.
 METHODS = ("SimPLe", "IRIS", "DreamerV3", "DIAMOND")
 PUBLISHED = {
     "alien": (616.88, 420.02, 1117.67, 744.12), "amidar": (74.26, 142.98, 97.45, 225.76),
@@ -310,7 +320,7 @@ PUBLISHED = {
     "qbert": (1288.83, 745.72, 2921.42, 4499.3), "road_runner": (5640.62, 9614.6, 19230, 20673.2),
     "seaquest": (683.31, 661.32, 962, 551.24), "up_n_down": (3350.28, 3546.2, 49456, 3856.28),
 }
-HIEROS = {"frostbite": 2901, "jamesbond": 939, "private_eye": 1507}  # published, quoted second-hand; no others known
+HIEROS = {"frostbite": 2901, "jamesbond": 939, "private_eye": 1507}  # published; the only ones known to us
 AGGREGATES = ("mean", "median", "IQM", "optimality gap")
 
 
@@ -321,12 +331,13 @@ def normalised(game, score):
 
 
 def aggregate(scores):
-    """(4,) AGGREGATES of human-normalised scores, a list of (runs,) arrays, one a game, as rliable defines them.
+    """(4,) AGGREGATES of human-normalised scores, a list of (runs,) arrays, one a game, as rliable defines
+    them.
 
-    Agarwal et al. 2021, arXiv 2108.13264: mean and median are those of the games' means; the interquartile mean leaves
-    out the lowest and the highest quarter of all runs of all games; the optimality gap is the mean of
-    max(0, 1 - score). Where games have unequally many runs, runs are repeated until all have equally many, so that
-    every game weighs the same.
+    Agarwal et al. 2021, arXiv 2108.13264: mean and median are those of the games' means; the interquartile
+    mean leaves out the lowest and the highest quarter of all runs of all games; the optimality gap is the
+    mean of max(0, 1 - score). Where games have unequally many runs, runs are repeated until all have equally
+    many, so that every game weighs the same.
     """
     games, runs = [np.mean(s) for s in scores], math.lcm(*map(len, scores))
     pooled = np.sort(np.concatenate([np.repeat(s, runs // len(s)) for s in scores]))
@@ -336,16 +347,19 @@ def aggregate(scores):
 
 
 def bootstrap(scores, resamples=2000, seed=0):
-    """(2,4) ends of the 95% intervals of AGGREGATES. Stratified: each game's runs are redrawn among themselves."""
+    """(2,4) ends of the 95% intervals of AGGREGATES. Stratified: each game's runs are redrawn among
+    themselves."""
     rng = np.random.default_rng(seed)
     draws = [aggregate([rng.choice(s, len(s)) for s in scores]) for _ in range(resamples)]
     return np.percentile(draws, [2.5, 97.5], 0)
 
 
 def load_results(paths):
-    """{group: {game: {seed: result}}} of result files; a group, such as "preset paper, 3 levels, 100,000 steps", is what
-    may be averaged. Raises UsageError for a file that is not one of ours, or a run that is there twice."""
-    kinds = {"game": str, "preset": str, "levels": int, "seed": int, "agent_steps": int, "returns": list, "curve": list}
+    """{group: {game: {seed: result}}} of result files; a group, such as "preset paper, 3 levels, 100,000
+    steps", is what may be averaged. Raises UsageError for a file that is not one of ours, or a run that is
+    there twice."""
+    kinds = {"game": str, "preset": str, "levels": int, "seed": int, "agent_steps": int, "returns": list,
+             "curve": list}
     groups, origin = defaultdict(lambda: defaultdict(dict)), {}
     for path in paths:
         try:
@@ -353,14 +367,16 @@ def load_results(paths):
             for name, kind in kinds.items():
                 if not isinstance(run[name], kind):
                     raise ValueError(f"{name} is not {kind.__name__}")
-            run["mean"] = float(np.mean(np.array(run["returns"], float)))
-            if not run["returns"] or not np.isfinite(run["mean"]):
+            returns = np.array(run["returns"], float)
+            if not returns.size or not np.isfinite(returns).all():
                 raise ValueError("returns are not finite numbers")
+            run["mean"] = float(returns.mean())
             run["curve"] = np.array(run["curve"], float).reshape(-1, 2)  # (episodes, [step, return])
         except OSError as error:
             raise UsageError(f"{path} cannot be read: {error.strerror}")
         except (LookupError, TypeError, ValueError) as error:
-            raise UsageError(f"{path} is not a result of this program: {type(error).__name__}, {error}") from error
+            reason = f"{type(error).__name__}, {error}"
+            raise UsageError(f"{path} is not a result of this program: {reason}") from error
         group = f"preset {run['preset']}, levels {run['levels']}, {run['agent_steps']:,} agent steps"
         name = f"{run['game']}, seed {run['seed']}, {group}"
         if name in origin:
@@ -371,11 +387,12 @@ def load_results(paths):
 
 
 def summarise(groups):
-    """What --table prints, ready for JSON: of each group the games' scores and AGGREGATES with their intervals, beside
-    those of the published methods over the same games."""
+    """What --table prints, ready for JSON: of each group the games' scores and AGGREGATES with their
+    intervals, beside those of the published methods over the same games."""
     summaries = []
     for group, games in sorted(groups.items()):
-        scores = {game: np.array([runs[seed]["mean"] for seed in sorted(runs)]) for game, runs in sorted(games.items())}
+        scores = {game: np.array([games[game][seed]["mean"] for seed in sorted(games[game])])
+                  for game in sorted(games)}
         known = [game for game in scores if game in REFERENCE]
         ours = [normalised(game, scores[game]) for game in known]
         theirs = {method + "*": [normalised(game, np.array([PUBLISHED[game][i]])) for game in known]
@@ -396,21 +413,26 @@ def print_table(group, scores, human_normalised, aggregates, interval):
     def table(*rows):
         widths = [max(len(str(cell)) for cell in column) for column in zip(*rows)]
         rows = [rows[0], ["-" * (width - 1) + ":" for width in widths], *rows[1:]]
-        print("\n".join("| " + " | ".join(f"{cell:>{n}}" for cell, n in zip(row, widths)) + " |" for row in rows) + "\n")
+        for row in rows:
+            print("| " + " | ".join(f"{cell:>{width}}" for cell, width in zip(row, widths)) + " |")
+        print()
 
     print(f"### {group}\n")
-    table(["game", "runs", "score", "std", "normalised", "random*", "human*", *(name + "*" for name in METHODS), "Hieros*"],
+    table(["game", "runs", "score", "std", "normalised", "random*", "human*",
+           *(name + "*" for name in METHODS), "Hieros*"],
           *[[game, len(runs), f"{np.mean(runs):.1f}", f"{np.std(runs, ddof=1):.1f}" if len(runs) > 1 else "-",
-             f"{human_normalised[game]:.3f}" if game in human_normalised else "-", *REFERENCE.get(game, "--"),
-             *PUBLISHED.get(game, "-" * len(METHODS)), HIEROS.get(game, "-")] for game, runs in scores.items()])
+             f"{human_normalised[game]:.3f}" if game in human_normalised else "-",
+             *REFERENCE.get(game, "--"), *PUBLISHED.get(game, "-" * len(METHODS)), HIEROS.get(game, "-")]
+            for game, runs in scores.items()])
     print("* published by others, not run here; Hieros second-hand, three games known.")
-    n, N = len(human_normalised), len(REFERENCE)
-    if n < len(scores):
-        print("Not of Atari 100k, in no aggregate: " + ", ".join(scores.keys() - human_normalised.keys()) + ".")
+    n, N, outside = len(human_normalised), len(REFERENCE), scores.keys() - human_normalised.keys()
+    if outside:
+        print(f"Not of Atari 100k, in no aggregate: {', '.join(sorted(outside))}.")
     if n:
-        print(f"Aggregates of human-normalised scores over {'all' if n == N else f'only {n} of the'} {N} games"
-              f"{'' if interval else '; intervals need more than one run a game'}. Of published methods only\nthe games'"
-              " means are at hand, so that their IQM and optimality gap are those of means, not of runs.\n")
+        over = "all" if n == N else f"only {n} of the"
+        print(f"Aggregates of human-normalised scores over {over} {N} games"
+              + ("" if interval else "; intervals need more than one run a game") + ".\nOf published methods only the"
+              " games' means are at hand: their IQM and optimality gap are of means, not of runs.\n")
         rows = [[name, *(f"{value:.3f}" for value in values.values())] for name, values in aggregates.items()]
         if interval:
             rows.insert(1, ["95% interval", *(f"{low:.3f} to {high:.3f}" for low, high in interval.values())])
@@ -418,7 +440,8 @@ def print_table(group, scores, human_normalised, aggregates, interval):
 
 
 def curves_picture(groups, path):
-    """Learning curves: of each game and group the mean over runs, and their range, of the last ten episodes' mean."""
+    """Learning curves: of each game and group the mean over runs, and their range, of the last ten
+    episodes' mean."""
     names = sorted({game for games in groups.values() for game in games})
     rows = -(-len(names) // 5)
     columns = -(-len(names) // rows)
@@ -430,10 +453,12 @@ def curves_picture(groups, path):
             if not curves:  # not one episode ended
                 continue
             # From where every run has ended an episode to where one has ended its last.
-            grid = np.linspace(max(curve[0, 0] for curve in curves), min(curve[-1, 0] for curve in curves), 100)
-            smooth = [np.interp(grid, curve[:, 0], [curve[max(0, n - 9):n + 1, 1].mean() for n in range(len(curve))])
-                      for curve in curves]
-            axis.plot(grid, np.mean(smooth, 0), color=f"C{colour}", label=f"{group}: {len(curves)} runs")
+            begin, end = max(curve[0, 0] for curve in curves), min(curve[-1, 0] for curve in curves)
+            grid = np.linspace(begin, end, 100)
+            smooth = [np.interp(grid, curve[:, 0], [curve[max(0, n - 9):n + 1, 1].mean()
+                                                    for n in range(len(curve))]) for curve in curves]
+            axis.plot(grid, np.mean(smooth, 0), f".-C{colour}", markersize=2,
+                      label=f"{group}, runs: {len(curves)}")
             axis.fill_between(grid, np.min(smooth, 0), np.max(smooth, 0), color=f"C{colour}", alpha=0.25)
         axis.legend(fontsize=6)
     figure.savefig(path, dpi=120)
@@ -444,48 +469,61 @@ def curves_picture(groups, path):
 # ---------------------------------------------------------------------------------------------------------------
 
 @torch.no_grad()
-def s5_picture(config, agent, path, lags=64):
-    """What training made of the S5 layers of level 0: all eigenvalues, and how the first layer answers an impulse."""
+def s5_picture(config, agent, path, lags=128):
+    """What training made of level 0's S5 layers: all eigenvalues Lambda_bar, and the kernels of the first
+    layer.
+
+    The kernel C_tilde Lambda_bar^n B_bar is what a layer answers to a single 1, n steps later: its memory. D
+    u, the way past the state, is left out.
+    """
     torch.manual_seed(config.seed)  # as Run does: on a CPU these are the weights that the run began with
     fresh = make_agent(config, Atari(config.game))
-    figure = libraries()[0]((12, 4), layout="constrained")
-    circle, left, right = figure.subplots(1, 3)
+    figure = libraries()[0]((12, 3.6), layout="constrained")
+    circle, some, every = figure.subplots(1, 3)
     angle = np.linspace(0, np.pi, 200)
     circle.plot(np.cos(angle), np.sin(angle), "lightgray")
-    for axis, who, name, style in ((left, fresh, "before training", "C7o"), (right, agent, "after training", "C3.")):
+    for who, name, marker, line in ((fresh, "before training", "C7o", "--"),
+                                    (agent, "after training", "C3.", "-")):
         stack = who.levels[0].world_model.s5
         Lambda_bar = torch.cat([each for each, _ in stack.discretise()]).cpu().numpy()
-        circle.plot(Lambda_bar.real, np.abs(Lambda_bar.imag), style, label=name)  # its conjugate stands below
-        layer = stack.blocks[0].s5
-        # The kernel C_tilde Lambda_bar^n B_bar is the answer to a single 1; D u, the way past the state, is left out.
-        u = torch.zeros(1, lags, len(layer.D), device=layer.D.device)
-        u[0, 0, 0] = 1.0
-        y, _ = layer(u, torch.zeros(1, len(layer.log_decay), dtype=torch.cfloat, device=u.device), u[..., 0] > 1)
-        axis.plot((y - layer.D * u)[0, :, :6].cpu().numpy(), linewidth=1)
-        axis.set(title=f"kernels of layer 1, {name}", xlabel="steps since the impulse", ylabel="input 1 to outputs 1-6")
-    right.sharey(left)
-    circle.set(title="eigenvalues: inside the circle = stable", xlabel="real", ylabel="imaginary", aspect="equal")
+        circle.plot(Lambda_bar.real, np.abs(Lambda_bar.imag), marker, label=name)  # conjugates: below
+        layer, H = stack.blocks[0].s5, config.hidden
+        u = torch.zeros(H, lags, H, device=layer.D.device)  # one sequence an input, a 1 in its first step
+        u[:, 0] = torch.eye(H)
+        state = torch.zeros(H, config.state_size // 2, dtype=torch.cfloat, device=u.device)
+        y, _ = layer(u, state, torch.zeros(H, lags, dtype=torch.bool, device=u.device))
+        kernel = (y - layer.D * u).cpu()  # (input, lag, output)
+        for i in range(3):
+            some.plot(kernel[0, :, i], f"C{i}{line}", linewidth=1)
+        every.plot(kernel.square().mean((0, 2)).sqrt(), marker[:2] + line, label=name)
+    circle.set(title="eigenvalues: inside the circle = stable", xlabel="real", ylabel="imaginary")
+    circle.set_aspect("equal")
+    some.set(title="three kernels: before (dashed), after", xlabel="steps since the impulse")
+    every.set(title="all kernels, root mean square", xlabel="steps since the impulse", ylim=0)
     circle.legend()
+    every.legend()
     figure.savefig(path, dpi=120)
 
 
 def etbs_picture(path, steps=20_000, bins=40):
-    """Where the draws of one moment come from, and how often each step has been drawn at the end, one draw a step."""
+    """Where the draws of one moment come from, and how often each step has been drawn at the end, one draw
+    a step."""
     figure = libraries()[0]((10, 4), layout="constrained")
     now, ever = figure.subplots(1, 2)
     u = np.linspace(1e-6, 0.999, 500)
-    for color, tau, name in (("C0", 0.0, "uniform, tau = 0"), ("C1", 0.3, "Hieros, tau = 0.3"), ("C2", 1.0, "tau = 1")):
+    for color, tau, name in (("C0", 0.0, "uniform, tau = 0"), ("C1", 0.3, "Hieros, tau = 0.3"),
+                             ("C2", 1.0, "tau = 1")):
         replay, counts = Replay({}, steps, 1, tau, np.random.default_rng(0)), np.zeros(steps)
         for _ in range(steps):
             replay.add({})
             counts[replay.draw(1)] += 1
         draws, edges = np.histogram(replay.draw(200_000) / steps, bins, (0, 1), density=True)
-        now.stairs(draws, edges, color=color, alpha=0.5)
+        now.stairs(draws, edges, baseline=None, color=color, alpha=0.5)
         # position(u) = tau F(u) + (1 - tau) u has the density 1 / position'(u), and F'(u) = -ln u.
         now.plot(tau * etbs_cdf(u) + (1 - tau) * u, 1 / (1 - tau - tau * np.log(u)), color=color, label=name)
-        ever.stairs(counts.reshape(bins, -1).mean(1), edges, color=color, label=name)
+        ever.stairs(counts.reshape(bins, -1).mean(1), edges, baseline=None, color=color, label=name)
     now.set(title="draws of one moment: law (line), histogram (steps)", ylabel="density", ylim=(0, 3))
-    ever.set(title="draws over a whole training, one a step", ylabel="times that a step has been drawn", ylim=0)
+    ever.set(title="draws over a whole training, one a step", ylabel="times a step has been drawn", ylim=0)
     for axis in (now, ever):
         axis.set_xlabel("position in the replay: 0 oldest, 1 newest")
         axis.legend()
@@ -497,20 +535,21 @@ def etbs_picture(path, steps=20_000, bins=40):
 # ---------------------------------------------------------------------------------------------------------------
 
 EXAMPLES = """examples:
-  python evaluate.py runs/pong-0                              100 episodes, the score in runs/pong-0/evaluation.json
-  python evaluate.py runs/pong-0 --episodes 20 --json -       the same as JSON on the standard output, for scripts
-  python evaluate.py runs/pong-0 --video film.gif             what it sees, dreams and wants
+  python evaluate.py runs/pong-0                         100 episodes, written to runs/pong-0/evaluation.json
+  python evaluate.py runs/pong-0 --episodes 20 --json -  the score as JSON on the standard output, for scripts
+  python evaluate.py runs/pong-0 --video film.gif        what it sees, dreams and wants
   python evaluate.py runs/pong-0 --open_loop error.png --strip strip.png
-  python evaluate.py --table runs/*/evaluation.json           all runs beside published scores
+  python evaluate.py --table runs/*/evaluation.json      all runs beside published scores
   python evaluate.py --etbs sampling.png
 """
 OF_A_RUN, OF_MANY = ("video", "dream", "open_loop", "strip", "s5"), ("table", "curves")
 
 
 def parse(argv):
-    """The arguments of the command line. Raises UsageError, before any work is done, for what cannot succeed."""
-    parser = Parser(description="Score a trained agent, watch it, and set it beside others. Where a film or picture is"
-                    " asked for, the agent is scored only if --episodes or --json is given too.", epilog=EXAMPLES,
+    """The arguments of the command line. Raises UsageError, before any work is done, for what cannot
+    succeed."""
+    parser = Parser(description="Score a trained agent, watch it, and set it beside others. With a film or a"
+                    " picture the score is left out, unless --episodes or --json is given too.", epilog=EXAMPLES,
                     formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     add = parser.add_argument
     add("paths", nargs="*", metavar="RUN|RESULT.json",
@@ -518,21 +557,22 @@ def parse(argv):
     add("--episodes", type=int, metavar="N", help="episodes to score (default: 100)")
     add("--seed", type=int, default=0, metavar="N", help="seed of the episodes played here (default: 0)")
     add("--device", default="auto", metavar="NAME", help="auto, cpu, cuda, cuda:1, ... (default: auto)")
-    add("--json", metavar="FILE", help="where score or table go as JSON; - prints nothing else (default for a score:"
-        " RUN/evaluation.json)")
-    add("--video", metavar="FILE.gif", help="film: the game, reconstruction, dream, subgoals of all levels, novelty")
+    add("--json", metavar="FILE", help="where score (default: RUN/evaluation.json) or table go as JSON; - prints"
+        " it and nothing else")
+    add("--video", metavar="FILE.gif", help="film: game, reconstruction, dream, subgoals, novelty")
     add("--dream", metavar="FILE.gif", help="film: the agent plays inside its own world model")
-    add("--open_loop", metavar="FILE.png", help="how the error of dreams grows with their length, and two baselines")
+    add("--open_loop", metavar="FILE.png", help="error of dreams by their length, beside two baselines")
     add("--strip", metavar="FILE.png", help="true frames above dreamed ones")
-    add("--s5", metavar="FILE.png", help="eigenvalues and kernels of the S5 layers, before and after training")
-    add("--table", action="store_true", help="scores of all RESULT.json beside published ones, and aggregates")
-    add("--curves", metavar="FILE.png", help="learning curves of all RESULT.json, with the range over runs as a band")
+    add("--s5", metavar="FILE.png", help="eigenvalues and kernels of the S5 layers before and after training")
+    add("--table", action="store_true", help="scores of result files beside published ones, and aggregates")
+    add("--curves", metavar="FILE.png", help="learning curves of result files; band: range over runs")
     add("--etbs", metavar="FILE.png", help="time-balanced against uniform sampling; needs no run")
     args = parser.parse_intermixed_args(argv)
 
     asked = [name for name in (*OF_A_RUN, *OF_MANY, "etbs") if getattr(args, name)]
     one = [name for name in (*OF_A_RUN, "episodes") if getattr(args, name) is not None]
-    args.many, pictures = [name for name in asked if name in OF_MANY], [name for name in asked if name != "table"]
+    pictures = [name for name in asked if name != "table"]
+    args.many = [name for name in asked if name in OF_MANY]
     args.score = args.episodes is not None or not asked or (args.json is not None and not args.many)
     if args.many and one:
         raise UsageError(f"--{args.many[0]} is about many runs and --{one[0]} about one: use two commands")
@@ -565,14 +605,14 @@ def write_json(value, file):
 def one_run(args):
     """Score, films and pictures of one run."""
     directory, = args.paths
-    config, agent, checkpoint = load_run(directory, args.device)
+    config, agent, history = load_run(directory, args.device)
     game, seed = config.game, args.seed
     torch.manual_seed(seed)
     precision = torch.autocast(torch.device(config.device).type, torch.bfloat16, config.precision == "bf16")
     with torch.inference_mode(), precision:
         if args.score:
             returns = play(agent, lambda: Atari(game), args.episodes or 100, seed)
-            summary = result(config, returns=returns, **checkpoint)
+            summary = result(config, returns=returns, **history)
             write_json(summary, args.json or Path(directory) / "evaluation.json")
             if args.json != "-":
                 print(report(summary))
