@@ -1,8 +1,8 @@
 """Score a trained agent, watch it, and set it beside others: `python evaluate.py runs/pong-0`.
 
 In this file: loading a run; films of what the agent sees, dreams and wants; how long its dreams stay true;
-scores of many runs by the conventions of Atari 100k; pictures of S5 and of time-balanced sampling. Read train.py
-before. Films and pictures need matplotlib, which is optional.
+scores of many runs by the conventions of Atari 100k; pictures of S5 and of time-balanced sampling. Read
+train.py before. Films and pictures need matplotlib, which is optional.
 
 Symbols as in world_model.py and hierarchy.py: z, h, g (subgoal code), g_h (the same in h-space), k = 4.
 """
@@ -34,8 +34,8 @@ SECOND = 15  # agent steps: 60 frames, 4 a step
 def load_run(directory, device):
     """(config, agent, what else train.result needs) of a run directory.
 
-    The checkpoint may come from a stranger: it cannot execute anything (train.load_checkpoint), and its settings
-    pass the same checks as those of the command line. Raises UsageError if it does not fit this program.
+    The checkpoint may come from a stranger: it cannot execute anything (train.load_checkpoint), and its
+    settings pass the same checks as those of the command line. Raises UsageError if it does not fit.
     """
     path = Path(directory) / "checkpoint.pt"
     checkpoint = load_checkpoint(path, "cpu")
@@ -302,8 +302,8 @@ def strip_picture(truth, dreamed, game, path, columns=(0, 1, 2, 5, 10, 15, 20, 3
 # Many runs beside published ones
 # ---------------------------------------------------------------------------------------------------------------
 
-# Mean scores at 100,000 agent steps, published, none of them run here: from the repositories of IRIS (for SimPLe
-# and IRIS), DreamerV3 (second version) and DIAMOND. Random and human stand in train.REFERENCE.
+# Mean scores at 100,000 agent steps, published, none of them run here: from the repositories of IRIS (for
+# SimPLe and IRIS), DreamerV3 (second version) and DIAMOND. Random and human stand in train.REFERENCE.
 METHODS = ("SimPLe", "IRIS", "DreamerV3", "DIAMOND")
 PUBLISHED = {
     "alien": (616.88, 420.02, 1117.67, 744.12), "amidar": (74.26, 142.98, 97.45, 225.76),
@@ -431,8 +431,8 @@ def print_table(group, scores, human_normalised, aggregates, interval):
     if n:
         over = "all" if n == N else f"only {n} of the"
         print(f"Aggregates of human-normalised scores over {over} {N} games"
-              + ("" if interval else "; intervals need more than one run a game") + ".\nOf published methods only the"
-              " games' means are at hand: their IQM and optimality gap are of means, not of runs.\n")
+              + ("" if interval else "; intervals need more than one run a game") + ".\nOf published methods"
+              " only the games' means are at hand: their IQM and optimality gap are of means, not of runs.\n")
         rows = [[name, *(f"{value:.3f}" for value in values.values())] for name, values in aggregates.items()]
         if interval:
             rows.insert(1, ["95% interval", *(f"{low:.3f} to {high:.3f}" for low, high in interval.values())])
@@ -549,16 +549,16 @@ def parse(argv):
     """The arguments of the command line. Raises UsageError, before any work is done, for what cannot
     succeed."""
     parser = Parser(description="Score a trained agent, watch it, and set it beside others. With a film or a"
-                    " picture the score is left out, unless --episodes or --json is given too.", epilog=EXAMPLES,
-                    formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+                    " picture the score is left out, unless --episodes or --json is given too.",
+                    epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     add = parser.add_argument
     add("paths", nargs="*", metavar="RUN|RESULT.json",
         help="the directory of a run; for --table and --curves result files (a run has evaluation.json)")
     add("--episodes", type=int, metavar="N", help="episodes to score (default: 100)")
     add("--seed", type=int, default=0, metavar="N", help="seed of the episodes played here (default: 0)")
     add("--device", default="auto", metavar="NAME", help="auto, cpu, cuda, cuda:1, ... (default: auto)")
-    add("--json", metavar="FILE", help="where score (default: RUN/evaluation.json) or table go as JSON; - prints"
-        " it and nothing else")
+    add("--json", metavar="FILE", help="where score (default: RUN/evaluation.json) or table go as JSON;"
+        " - prints it and nothing else")
     add("--video", metavar="FILE.gif", help="film: game, reconstruction, dream, subgoals, novelty")
     add("--dream", metavar="FILE.gif", help="film: the agent plays inside its own world model")
     add("--open_loop", metavar="FILE.png", help="error of dreams by their length, beside two baselines")
