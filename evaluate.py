@@ -94,8 +94,7 @@ def image_bytes(observation):
 # ---------------------------------------------------------------------------------------------------------------
 
 def libraries():
-    """(matplotlib's Figure, Pillow's Image, ImageDraw, ImageFont). Raises UsageError where they are
-    missing."""
+    """(matplotlib's Figure, Pillow's Image, ImageDraw, ImageFont). Raises UsageError without them."""
     try:
         from matplotlib.figure import Figure
         from PIL import Image, ImageDraw, ImageFont
@@ -127,8 +126,7 @@ def draw_frame(title, panels, bars=(), scale=3):
 
 
 def save_film(path, frames, limit=5_000_000):
-    """Write Pillow images as an endless GIF, a frame a step; its end is cut off until it has less than
-    `limit` bytes."""
+    """Write Pillow images as an endless GIF, a frame a step, cut at the end to less than `limit` bytes."""
     _, Image, _, _ = libraries()
     # One palette for all frames, made from a few of them: what stands still then costs nothing.
     some = frames[::max(1, len(frames) // 8)]
@@ -150,8 +148,7 @@ def save_film(path, frames, limit=5_000_000):
 
 
 def film(agent, env, game, seed, path, steps=20 * SECOND, restart=3 * SECOND):
-    """Some of the agent's life: the game, the model's view of it, an open-loop dream, the subgoals that are
-    held.
+    """Some of the agent's life: the game, the model's view of it, an open-loop dream, the held subgoals.
 
     The dream is told the actions but sees nothing; every `restart` steps it starts again from the true state.
     The subgoal g of level i is drawn from (z, g_h) with the z of the moment when it was set, since a goal is
@@ -192,8 +189,7 @@ def dream_film(agent, env, game, seed, path, context=3 * SECOND, steps=15 * SECO
     """The agent plays inside its own head: some real steps, then level 0's world model in place of the game.
 
     The world model runs alone, by its own `imagine`. All levels play on in it as they would in the game: they
-    look at the decoded frames and the predicted rewards. The film ends where the model believes the episode
-    over.
+    look at the decoded frames and the predicted rewards. The film ends when the model thinks the episode over.
     """
     names, frames, total, over = env.game.get_action_meanings(), [], 0.0, False
 
@@ -234,8 +230,7 @@ CONTEXT, HORIZON = 5, 60  # steps seen, steps foreseen
 
 
 def fresh_sequences(agent, env, seed, count=32, length=CONTEXT + HORIZON):
-    """`count` sequences of `length` steps of newly played episodes: (observation, action, is_first),
-    (N,T,...).
+    """`count` sequences of `length` steps of newly played episodes: observation, action, is_first.
 
     None runs over an episode's end, since nobody could foresee the next episode's start.
     """
@@ -581,6 +576,8 @@ def parse(argv):
     if not args.many and len(args.paths) != bool(one or args.score):
         raise UsageError("name one directory of a run, for example runs/pong-0" if one or args.score else
                          "--etbs needs no run")
+    if args.json == "-" and set(asked) & set(OF_A_RUN):
+        raise UsageError("--json - prints nothing but the score: make films and pictures by another command")
     if args.episodes is not None and args.episodes < 1:
         raise UsageError(f"--episodes {args.episodes} is out of range: at least 1")
     for name in pictures:
