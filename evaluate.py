@@ -189,7 +189,7 @@ def dream_film(agent, env, game, seed, path, context=3 * SECOND, steps=15 * SECO
     """The agent plays inside its own head: some real steps, then level 0's world model in place of the game.
 
     The world model runs alone, by its own `imagine`. All levels play on in it as they would in the game: they
-    look at the decoded frames and the predicted rewards. The film ends when the model thinks the episode over.
+    look at the decoded frames and predicted rewards. The film ends when the model thinks the episode over.
     """
     names, frames, total, over = env.game.get_action_meanings(), [], 0.0, False
 
