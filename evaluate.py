@@ -20,7 +20,7 @@ import torch
 
 from hierarchy import onehot
 from replay import Replay, etbs_cdf
-from train import (REFERENCE, Atari, Parser, UsageError, env_step, keep_freed_memory, load_checkpoint,
+from train import (REFERENCE, Atari, Parser, UsageError, autocast, env_step, keep_freed_memory, load_checkpoint,
                    make_agent, make_config, play, report, result)
 from world_model import sample_onehot, symexp
 
@@ -581,13 +581,14 @@ def parse(argv):
     if args.episodes is not None and args.episodes < 1:
         raise UsageError(f"--episodes {args.episodes} is out of range: at least 1")
     for name in pictures:
-        libraries()
         suffix = ".gif" if name in ("video", "dream") else ".png"
         if Path(getattr(args, name)).suffix != suffix:
             raise UsageError(f"--{name} {getattr(args, name)}: the name must end in {suffix}")
     for path in [getattr(args, name) for name in pictures] + [args.json or "-"]:
         if not Path(path).parent.is_dir():
             raise UsageError(f"{path} cannot be written: there is no directory {Path(path).parent}")
+    if pictures:
+        libraries()
     return args
 
 
@@ -605,8 +606,7 @@ def one_run(args):
     config, agent, history = load_run(directory, args.device)
     game, seed = config.game, args.seed
     torch.manual_seed(seed)
-    precision = torch.autocast(torch.device(config.device).type, torch.bfloat16, config.precision == "bf16")
-    with torch.inference_mode(), precision:
+    with torch.inference_mode(), autocast(config):
         if args.score:
             returns = play(agent, lambda: Atari(game), args.episodes or 100, seed)
             summary = result(config, returns=returns, **history)

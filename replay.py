@@ -1,4 +1,4 @@
-"""Experience replay with efficient time-balanced sampling (ETBS): a ring that draws old and new equally often.
+"""Experience replay with efficient time-balanced sampling (ETBS): a ring that draws old and new more evenly.
 
 The problem. One step is added and one sequence is drawn, uniformly, at each step. Entry i of n was there to be drawn at
 steps i ... n, so by now it has been drawn 1/i + ... + 1/n ~ ln(n/i) times: the first experiences, made by an agent
@@ -6,8 +6,8 @@ that could do nothing, are used again and again, and the newest hardly at all.
 
 The remedy (Hieros, Section 3.4). The expected counts have, over x in (0, n], the density ln(n/x)/n and the cumulative
 distribution F(u) = u (1 - ln u) with u = x/n. Pushing a uniform number through F moves it towards the new end by
-about as much as uniform sampling favours the old one. In closed form, O(1) a draw, with a temperature tau between
-uniform (0) and fully balanced (1):
+about as much as uniform sampling favours the old one. In closed form, O(1) a draw, with a temperature tau that leads
+from uniform (0) to all of that (1):
 
     u ~ U(0,1)        position = tau u (1 - ln u) + (1 - tau) u        index = floor(position n)
 

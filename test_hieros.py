@@ -17,6 +17,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+import evaluate
 import train
 from hierarchy import (Actor, Level, Optimiser, ReturnNormaliser, SubgoalAutoencoder, cosine_max, lambda_return, onehot,
                        small)
@@ -846,3 +847,362 @@ def test_it_learns(levels, steps, seed, tmp_path):
     train.train(run, progress=False)
     trained = np.mean(train.play(run.agent, Catch, 48, seed=1, progress=False))
     assert untrained < 1.0 and trained >= 0.9 * Catch.DROPS, (untrained, trained)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# evaluate.py
+# ---------------------------------------------------------------------------------------------------------------
+
+def untrained_run(directory, game="breakout", levels=2, seed=0):
+    """The directory of a run that was saved before its first step."""
+    run = train.Run(train.make_config({"preset": "debug", "game": game, "levels": levels, "seed": seed, "device": "cpu",
+                           "logdir": str(directory)}), train.Atari(game))
+    run.save()
+    return run
+
+
+def write_result(path, **changes):
+    """A result file as train.result makes it, with changes."""
+    entry = {"game": "pong", "preset": "paper", "levels": 3, "seed": 0, "agent_steps": 100_000,
+             "returns": [1.0, 3.0], "curve": [[1000 * i, i - 21.0] for i in range(1, 30)]} | changes
+    path.write_text(json.dumps({name: value for name, value in entry.items() if value is not None}))
+    return str(path)
+
+
+def test_evaluation_of_a_run(tmp_path, capsys):
+    """A saved run is loaded, plays as many episodes as asked, and its score stands in RUN/evaluation.json; with
+    --json - the standard output is that JSON and nothing else. The same seed gives the same score."""
+    untrained_run(tmp_path)
+    assert evaluate.main([str(tmp_path), "--episodes", "1", "--seed", "1"]) == 0
+    assert "breakout after 0 steps: score" in capsys.readouterr().out
+    summary = json.loads((tmp_path / "evaluation.json").read_text())
+    assert len(summary["returns"]) == 1 and summary["mean"] == np.mean(summary["returns"]) and summary["levels"] == 2
+    (tmp_path / "evaluation.json").unlink()
+    evaluate.main([str(tmp_path), "--episodes", "1", "--seed", "1", "--json", "-"])
+    assert json.loads(capsys.readouterr().out)["returns"] == summary["returns"]
+    assert not (tmp_path / "evaluation.json").exists()
+
+
+def test_evaluation_loads_the_trained_weights(tmp_path):
+    """What is evaluated are the weights of the checkpoint, not freshly drawn ones."""
+    run = untrained_run(tmp_path)
+    with torch.no_grad():
+        for parameter in run.agent.parameters():
+            parameter.add_(1.0)
+    run.save()
+    _, agent, _ = evaluate.load_run(tmp_path, "cpu")
+    for name, value in agent.state_dict().items():
+        assert torch.equal(value, run.agent.state_dict()[name]), name
+
+
+@pytest.mark.parametrize("damage, says", [
+    (lambda c: [1, 2], "does not fit"),
+    (lambda c: c["weights"], "config"),
+    (lambda c: c | {"config": c["config"] | {"momentum": 1}}, "momentum"),
+    (lambda c: c | {"config": c["config"] | {"levels": 99}}, "--levels 99"),
+    (lambda c: c | {"config": c["config"] | {"levels": "many"}}, "does not fit"),
+    (lambda c: c | {"config": c["config"] | {"game": "chess"}}, "unknown game"),
+    (lambda c: c | {"config": c["config"] | {"hidden": 32}}, "size mismatch"),
+    (lambda c: c | {"weights": {}}, "Missing key"),
+    (None, "damaged"),
+])
+def test_a_checkpoint_that_does_not_fit_is_one_clear_line(tmp_path, damage, says):
+    """A foreign, hand-edited or truncated checkpoint gives one line that names the file and what is wrong."""
+    untrained_run(tmp_path)
+    path = tmp_path / "checkpoint.pt"
+    if damage:
+        torch.save(damage(torch.load(path, weights_only=True)), path)
+    else:
+        path.write_bytes(path.read_bytes()[:1000])
+    with pytest.raises(train.UsageError) as error:
+        evaluate.main([str(tmp_path)])
+    assert says in str(error.value) and "checkpoint.pt" in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("command, says", [
+    ("", "name one directory"), ("one two", "name one directory"), ("nowhere", "does not exist"),
+    ("run --vidoe film.gif", "did you mean --video"), ("run --video film.mp4", "must end in .gif"),
+    ("run --strip nowhere/strip.png", "no directory nowhere"), ("run --json nowhere/a.json", "no directory nowhere"),
+    ("run --episodes 0", "at least 1"), ("--table", "needs result files"), ("run --etbs a.png", "needs no run"),
+    ("--table a.json --video film.gif", "use two commands"), ("--curves a.png a.json --episodes 3", "use two commands"),
+    ("--table nowhere.json", "cannot be read"), ("--s5 a.png", "name one directory"),
+    ("run --video a.gif --json -", "by another command"),
+])
+def test_a_wrong_command_is_one_clear_line(tmp_path, monkeypatch, command, says):
+    """A command that cannot succeed says why, before anything is played."""
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(train.UsageError, match=says) as error:
+        evaluate.main(command.split())
+    assert "\n" not in str(error.value)
+
+
+def test_matplotlib_is_optional(tmp_path, monkeypatch, capsys):
+    """Without matplotlib scores and tables work as ever, and a picture says in one line what to install."""
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    with pytest.raises(train.UsageError, match="pip install matplotlib"):
+        evaluate.main(["--etbs", str(tmp_path / "a.png")])
+    assert evaluate.main(["--table", write_result(tmp_path / "a.json")]) == 0
+
+
+def painting(agent):
+    """The agent with decoders that paint something: untrained ones are all zero."""
+    for level in agent.levels:
+        for parameter in level.world_model.decoder.parameters():
+            torch.nn.init.normal_(parameter, std=0.1)
+    return agent
+
+
+def test_subgoals_are_decoded_level_by_level():
+    """A state of level 2 becomes pixels through level 1 and level 0: of each stacked observation the newest of the k
+    states is taken, its z made one-hot, its h brought back from symlog."""
+    torch.manual_seed(0)
+    agent = painting(small(levels=3, observation_shape=(64, 64, 3)))
+    states = [(onehot(torch.randint(8, (1, 8)), 8), 3 * torch.randn(1, 64)) for _ in range(3)]
+    for above, (z, h) in zip(agent.levels[1:], states):  # what each higher decoder is made to say
+        newest = torch.cat([0.6 * z.flatten(1) + 0.1, symlog(h)], 1)
+        stacked = torch.cat([torch.randn(1, 3 * newest.shape[1]), newest], 1)
+        above.world_model.decode = lambda z, h, stacked=stacked: stacked
+    expected = evaluate.image_bytes(agent.levels[0].world_model.decode(*states[0])[0])
+    with torch.no_grad():
+        assert np.array_equal(evaluate.pixels(agent, 2, *states[2]), expected)
+    assert expected.shape == (64, 64, 3) and expected.dtype == np.uint8
+
+
+def record_film(monkeypatch, agent, env, **arguments):
+    """The panels' images of a film: [[image of each panel] of each step]."""
+    frames = []
+    monkeypatch.setattr(evaluate, "draw_frame", lambda title, panels, bars: frames.append([p for p, _ in panels]))
+    monkeypatch.setattr(evaluate, "save_film", lambda path, frames: None)
+    with torch.inference_mode():
+        evaluate.film(agent, env, "pong", 0, "film.gif", **arguments)
+    return frames
+
+
+def test_film_shows_subgoals_at_their_own_pace(monkeypatch):
+    """In the film the goal of level i changes when level i + 1 acts, every k^(i+1) steps, and stands in between."""
+    torch.manual_seed(0)
+    frames = record_film(monkeypatch, small(3, (64, 64, 3), 6), train.Atari("pong"), steps=40, restart=5)
+    assert {len(panels) for panels in frames} == {5}
+    for panel, pace in ((3, 4), (4, 16)):
+        changes = [t for t in range(1, 40) if frames[t][panel] is not frames[t - 1][panel]]
+        assert changes == list(range(pace, 40, pace))
+
+
+def test_film_dream_starts_from_the_truth_and_then_sees_nothing(monkeypatch):
+    """The dream of the film equals the reconstruction where it restarts, and whatever the game shows afterwards
+    leaves it unchanged; the actions do change it."""
+    class Garbled(train.Atari):
+        def step(self, action):
+            return 255 - super().step(action)[0], 0.0, False, False, {}
+
+    def filmed(env, restart=100, actions=None):
+        torch.manual_seed(0)
+        agent = painting(small(1, (64, 64, 3), 6))
+        torch.manual_seed(1)  # an untrained actor is uniform: the same random numbers give the same actions
+        if actions is not None:
+            agent.levels[0].policy = lambda state, subgoal: torch.rand(state.h.shape[:-1] + (1,)) * 0 + actions
+        return record_film(monkeypatch, agent, env, steps=12, restart=restart)
+
+    truth, garbled = filmed(train.Atari("pong")), filmed(Garbled("pong"))
+    assert np.array_equal(truth[0][1], truth[0][2])
+    assert not np.array_equal(truth[11][1], garbled[11][1])
+    for t in range(12):
+        assert np.array_equal(truth[t][2], garbled[t][2])
+    left, right = (filmed(train.Atari("pong"), actions=torch.eye(6)[a]) for a in (2, 3))
+    assert not np.array_equal(left[11][2], right[11][2])
+    always = filmed(train.Atari("pong"), restart=0)
+    assert all(np.array_equal(panels[1], panels[2]) for panels in always)
+
+
+def test_film_file(tmp_path, capsys):
+    """--video writes a GIF of captioned panels, three for a flat agent and two more for three levels, and less than
+    its limit of bytes even of pure noise."""
+    Image = pytest.importorskip("PIL.Image")
+    pytest.importorskip("matplotlib")
+    for levels, panels in ((1, 3), (3, 5)):
+        path = tmp_path / f"{levels}.gif"
+        with torch.inference_mode():
+            evaluate.film(small(levels, (64, 64, 3), 6), train.Atari("pong"), "pong", 0, path, steps=6)
+        with Image.open(path) as film:
+            assert film.n_frames == 6 and film.width == 10 + panels * 202 and film.height >= 192
+    rng = np.random.default_rng(0)
+    noise = [Image.fromarray(rng.integers(0, 256, (64, 64, 3), np.uint8)) for _ in range(30)]
+    evaluate.save_film(path, noise, limit=60_000)
+    assert 10_000 < path.stat().st_size < 60_000 and "cut from 30" in capsys.readouterr().out
+
+
+def test_dream_film_runs_without_the_game(tmp_path, monkeypatch):
+    """In --dream the game is played for the context only, then all levels play on in the world model alone, and the
+    film ends where the model believes that the episode is over."""
+    pytest.importorskip("matplotlib")
+    steps, films = [], []
+
+    class Counted(train.Atari):
+        def step(self, action):
+            steps.append(action)
+            return super().step(action)
+
+    monkeypatch.setattr(evaluate, "save_film", lambda path, frames: films.append(frames))
+    torch.manual_seed(0)
+    agent, ticked = small(2, (64, 64, 3), 6), []
+    act = agent.act
+    agent.act = lambda *args, **now: (ticked.append(now), act(*args, **now))[1]
+    with torch.inference_mode():
+        evaluate.dream_film(agent, Counted("pong"), "pong", 0, tmp_path / "a.gif", context=8, steps=12)
+        assert len(steps) == 8 and len(films[0]) == len(ticked) == 8 + 11
+        agent.levels[0].world_model.outcome[-1].bias.data[-1] = -9.0  # the continue logit
+        evaluate.dream_film(agent, train.Atari("pong"), "pong", 0, tmp_path / "a.gif", context=8, steps=12)
+        assert len(films[1]) == 8 + 1
+
+
+class Echo(gymnasium.Env):
+    """Shows [last action one-hot, step of the episode]; an episode has `length` steps."""
+    observation_space, action_space = gymnasium.spaces.Box(-1, 99, (4,), np.float32), gymnasium.spaces.Discrete(3)
+
+    def __init__(self, length):
+        self.length = length
+
+    def reset(self, seed=None, options=None):
+        self.t = 0
+        return np.zeros(4, np.float32), {}
+
+    def step(self, action):
+        self.t += 1
+        return np.append(np.eye(3)[action], self.t).astype(np.float32), 0.0, self.t == self.length, False, {}
+
+
+def test_open_loop_sequences_stay_inside_an_episode():
+    """A sequence for the open-loop error is consecutive steps of one episode, each with the action chosen after it;
+    episodes that are too short are one clear line."""
+    torch.manual_seed(0)
+    agent = small(levels=2)
+    o, a, first = evaluate.fresh_sequences(agent, Echo(17), 0, count=6, length=8)
+    assert o.shape == (6, 8, 4) and a.shape == (6, 8, 3) and first.shape == (6, 8)
+    assert torch.equal(o[:, 1:, 3], o[:, :-1, 3] + 1) and not first[:, 1:].any() and first[:, 0].any()
+    assert torch.equal(o[:, 1:, :3], a[:, :-1])
+    with pytest.raises(train.UsageError, match="too short"):
+        evaluate.fresh_sequences(agent, Echo(6), 0, count=2, length=8)
+
+
+def test_open_loop_error_against_its_baselines():
+    """The error at horizon n is that of the n-th step after the context; a still game is foreseen perfectly by its
+    last frame, and the mean frame's error is the variance of the frames."""
+    torch.manual_seed(0)
+    T = evaluate.CONTEXT + evaluate.HORIZON
+    truth = torch.rand(3, 1, 3, 64, 64).repeat(1, T, 1, 1, 1) - 0.5
+    dreamed = truth.clone()
+    dreamed[:, evaluate.CONTEXT + 9] += 0.5  # the tenth step is wrong
+    errors = evaluate.open_loop_error(truth, dreamed)
+    assert np.flatnonzero(errors["dream"]).tolist() == [9] and np.isclose(errors["dream"][9], 0.25)
+    assert not errors["last frame, repeated"].any()
+    assert np.allclose(errors["mean frame"], truth[:, 0].var(0, unbiased=False).mean(), atol=1e-6)
+    truth[:, evaluate.CONTEXT - 1] = 0  # the last frame seen
+    assert np.allclose(evaluate.open_loop_error(truth, dreamed)["last frame, repeated"], truth[:, -1].square().mean())
+
+
+def published(method):
+    i = evaluate.METHODS.index(method)
+    return [np.array([evaluate.normalised(game, scores[i])]) for game, scores in evaluate.PUBLISHED.items()]
+
+
+@pytest.mark.parametrize("method, mean, median", [
+    ("IRIS", 1.046, 0.289), ("SimPLe", 0.332, 0.134), ("DIAMOND", 1.459, 0.373)])
+def test_aggregates_agree_with_published_ones(method, mean, median):
+    """Fed with the published scores of the 26 games, mean and median come out as published."""
+    assert len(evaluate.PUBLISHED) == 26 and evaluate.PUBLISHED.keys() == train.REFERENCE.keys()
+    assert np.allclose(evaluate.aggregate(published(method))[:2], (mean, median), atol=6e-4)
+
+
+def test_aggregates_by_hand():
+    """Mean and median are those of the games' means, the interquartile mean leaves out a quarter of all runs at each
+    end, the optimality gap counts what is missing to 1; all games weigh the same, however many runs they have."""
+    scores = [np.array([0.0, 0.2, 0.4, 0.6]), np.array([0.8, 1.0, 1.2, 5.0])]
+    expected = [(0.3 + 2.0) / 2, (0.3 + 2.0) / 2, (0.4 + 0.6 + 0.8 + 1.0) / 4, (1.0 + 0.8 + 0.6 + 0.4 + 0.2) / 8]
+    assert np.allclose(evaluate.aggregate(scores), expected)
+    assert np.allclose(evaluate.aggregate([scores[0], np.tile(scores[1], 3)]), expected)
+    three = [np.array([0.1]), np.array([0.2]), np.array([3.0])]
+    assert np.allclose(evaluate.aggregate(three), (1.1, 0.2, 1.1, 1.7 / 3))  # a quarter of three runs is none
+
+
+def test_bootstrap_is_stratified():
+    """Intervals come from redrawing runs within each game: games whose runs agree give none, however much the games
+    differ; and for many runs of one game the mean's interval is the textbook's +-1.96 standard errors."""
+    same = [np.full(3, value) for value in (0.1, 0.5, 2.0)]
+    assert np.allclose(evaluate.bootstrap(same, 200), evaluate.aggregate(same))
+    runs = np.random.default_rng(1).normal(size=400)
+    low, high = evaluate.bootstrap([runs], 1000)[:, 0]
+    assert np.allclose((low, high), runs.mean() + np.array([-1.96, 1.96]) * runs.std() / 20, atol=0.015)
+
+
+def test_table_says_what_it_knows(tmp_path, capsys):
+    """The table keeps different configurations apart, marks published figures, aggregates over the games that are
+    there and says so, gives no interval to single runs, and keeps games without a human score out."""
+    files = [write_result(tmp_path / "a.json"), write_result(tmp_path / "b.json", levels=1),
+             write_result(tmp_path / "c.json", game="frostbite", returns=[2000]),
+             write_result(tmp_path / "d.json", game="tennis")]
+    evaluate.main(["--table", *files])
+    flat, full = capsys.readouterr().out.split("### ")[1:]
+    assert flat.startswith("preset paper, levels 1, 100,000 agent steps") and "frostbite" not in flat
+    assert "only 2 of the 26 games; intervals need more than one run" in full and "95%" not in full
+    assert "in no aggregate: tennis" in full and " 2901 |" in full
+    assert all(name + "*" in full for name in ("random", "human", "Hieros", *evaluate.METHODS))
+    assert f"{(2 + 20.7) / (14.6 + 20.7):.3f}" in full
+    evaluate.main(["--table", *files, write_result(tmp_path / "e.json", seed=1, returns=[8]), "--json", "-"])
+    flat, full = json.loads(capsys.readouterr().out)
+    assert full["scores"]["pong"] == [2.0, 8.0] and flat["scores"] == {"pong": [2.0]} and flat["interval"] is None
+    expected = ((5 + 20.7) / 35.3 + (2000 - 65.2) / (4334.7 - 65.2)) / 2
+    assert np.isclose(full["aggregates"]["here"]["mean"], expected)
+    low, high = full["interval"]["mean"]
+    assert low < expected < high
+    assert np.isclose(full["aggregates"]["IRIS*"]["mean"], (1 + (259.12 - 65.2) / (4334.7 - 65.2)) / 2)
+
+
+@pytest.mark.parametrize("changes", [
+    {"returns": []}, {"returns": [1.0, float("nan")]}, {"returns": ["high"]}, {"returns": 3}, {"game": None},
+    {"seed": "0"}, {"curve": [[1, 2, 3]]}])
+def test_a_malformed_result_is_one_clear_line(tmp_path, changes):
+    """A result file without finite returns, or with missing or wrong entries, is refused in one line with its name."""
+    with pytest.raises(train.UsageError, match="a.json is not a result") as error:
+        evaluate.main(["--table", write_result(tmp_path / "a.json", **changes)])
+    assert "\n" not in str(error.value)
+
+
+def test_the_same_run_twice_is_refused(tmp_path):
+    """A run that is given twice would count twice: both file names are in the message. Another seed is another run."""
+    a, b = write_result(tmp_path / "a.json"), write_result(tmp_path / "b.json", returns=[0])
+    with pytest.raises(train.UsageError, match="b.json and .*a.json are the same run: pong, seed 0"):
+        evaluate.main(["--table", a, b])
+    assert evaluate.main(["--table", a, write_result(tmp_path / "b.json", seed=1)]) == 0
+
+
+def test_pictures_are_drawn(tmp_path):
+    """Curves, S5 and ETBS pictures hold what they are about: each line's colour covers more than a legend does."""
+    Image = pytest.importorskip("PIL.Image")
+    pytest.importorskip("matplotlib")
+
+    def pixels(path, *colours):
+        with Image.open(path) as image:
+            counts = {colour: count for count, colour in image.convert("RGB").getcolors(1 << 20)}
+        return min(counts.get(colour, 0) for colour in colours)
+
+    blue, orange, red = (31, 119, 180), (255, 127, 14), (214, 39, 40)
+    files = [write_result(tmp_path / "a.json"),
+             write_result(tmp_path / "b.json", levels=1, curve=[[1000 * i, -20.0] for i in range(1, 30)]),
+             write_result(tmp_path / "c.json", levels=1, seed=1, curve=[])]
+    evaluate.main(["--curves", str(tmp_path / "curves.png"), *files])
+    assert pixels(tmp_path / "curves.png", blue, orange) > 350
+    untrained_run(tmp_path / "run", levels=1)
+    evaluate.main([str(tmp_path / "run"), "--s5", str(tmp_path / "s5.png")])
+    assert pixels(tmp_path / "s5.png", blue, orange, red) > 350
+    evaluate.etbs_picture(tmp_path / "etbs.png", steps=2000)
+    assert pixels(tmp_path / "etbs.png", blue, orange) > 350
+
+
+def test_open_loop_pictures_are_drawn(tmp_path, capsys):
+    """The error picture and the strip of true above dreamed frames are written, and four errors printed."""
+    pytest.importorskip("matplotlib")
+    truth = torch.rand(2, evaluate.CONTEXT + evaluate.HORIZON, 3, 64, 64) - 0.5
+    evaluate.open_loop_picture(evaluate.open_loop_error(truth, truth.flip(0)), "pong", tmp_path / "error.png")
+    evaluate.strip_picture(truth[0], truth[1], "pong", tmp_path / "strip.png")
+    assert (tmp_path / "error.png").stat().st_size > 5000 and (tmp_path / "strip.png").stat().st_size > 50_000
+    assert len(capsys.readouterr().out.splitlines()) == 4

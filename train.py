@@ -294,6 +294,11 @@ def make_agent(config, env):
                       (config.subgoal_categoricals, config.subgoal_classes), weights, model, behaviour)
 
 
+def autocast(config):
+    """The context in which the agent of a Config computes."""
+    return torch.autocast(torch.device(config.device).type, torch.bfloat16, config.precision == "bf16")
+
+
 def pack(tree):
     """NumPy arrays in nested dicts and lists become {"numpy": tensor}, which torch.load reads with weights_only."""
     if isinstance(tree, dict):
@@ -349,13 +354,9 @@ class Run:
                 level.world_model.imagine = torch.compile(level.world_model.imagine)
                 level.autoencoder.loss = torch.compile(level.autoencoder.loss)
 
-    def autocast(self):
-        """The context in which the agent computes."""
-        return torch.autocast(torch.device(self.config.device).type, torch.bfloat16, self.config.precision == "bf16")
-
     def act(self):
         """One tick of acting: every level that is due updates, chooses and remembers. Returns the game action."""
-        with self.autocast():
+        with autocast(self.config):
             self.memory, action, ticks = self.agent.act(self.memory, **self.now)
         for i, tick in enumerate(ticks):
             self.replays[i].add(self.agent.transition(i, tick))
@@ -382,7 +383,7 @@ class Run:
             if self.step >= c.warmup and self.step % (c.train_every * c.k ** i) == 0 and replay.starts:
                 batch = {name: torch.from_numpy(array).to(c.device, non_blocking=True)
                          for name, array in replay.sample(c.batch_size).items()}
-                with self.autocast():
+                with autocast(self.config):
                     self.log.add(self.step, i, level.update(batch))
                 self.updates[i] += 1
 
@@ -643,7 +644,7 @@ def main(argv):
     if number:
         print(f"stopped at step {run.step}, saved; continue with: python train.py --logdir {config.logdir} --resume")
         return 128 + number
-    with run.autocast():
+    with autocast(config):
         returns = play(run.agent, lambda: Atari(config.game), config.eval_episodes, config.seed)
     summary = result(config, run.step, run.seconds, run.curve, returns)
     (run.directory / "evaluation.json").write_text(json.dumps(summary, indent=1) + "\n")
