@@ -508,6 +508,20 @@ def test_an_update_changes_every_parameter_and_nothing_is_on_the_wrong_device(le
         assert all(value.device.type == "meta" for value in metrics.values())
 
 
+def test_bfloat16_learns_the_same_in_coarser_numbers():
+    """Under bfloat16 autocast an update runs, the recurrence stays float32, and the losses are those of float32."""
+    losses = {}
+    for enabled in (False, True):
+        torch.manual_seed(0)
+        agent = small(2, (64, 64, 3))
+        with torch.autocast("cpu", torch.bfloat16, enabled):
+            losses[enabled] = [level.update(batch_of(agent, i)) for i, level in enumerate(agent.levels)]
+    for plain, coarse in zip(losses[False], losses[True]):
+        for name in ("reconstruction", "reward", "continue", "kl"):
+            assert torch.allclose(plain[f"model/{name}_loss"], coarse[f"model/{name}_loss"].float(), rtol=0.05), name
+        assert all(np.isfinite(value.item()) for value in coarse.values())
+
+
 def test_nothing_is_learned_from_beyond_the_end():
     """Rollouts that start in a terminal state have weight zero for actor and critics."""
     level = small(1).levels[0]
@@ -653,8 +667,8 @@ def catch_config(directory, **settings):
     return train.Config(**dict(
         game="catch", preset="debug", device="cpu", logdir=str(directory), levels=2, steps=400, warmup=100, train_every=2,
         batch_size=8, batch_length=32, replay_size=10_000, stoch=8, classes=8, hidden=64, state_size=32, s5_layers=2,
-        units=64, horizon=12, starts=128, model_lr=1e-3, actor_lr=6e-4, critic_lr=3e-4, autoencoder_lr=1e-3,
-        entropy_scale=3e-3, log_every=100, save_every=200, eval_episodes=2) | settings)
+        units=64, horizon=12, starts=128, model_lr=2e-3, actor_lr=6e-4, critic_lr=6e-4, autoencoder_lr=2e-3,
+        entropy_scale=3e-3, subgoal_weight=0.1, log_every=100, save_every=200, eval_episodes=2) | settings)
 
 
 def metrics_of(directory):
@@ -736,14 +750,20 @@ def test_runs_are_never_overwritten_and_bad_checkpoints_are_named(tmp_path):
         return str(caught.value)
 
     assert "does not exist" in error("--resume")
+    (tmp_path / "file").write_text("")
+    assert "cannot be used: Not a directory" in error("--logdir", str(tmp_path / "file" / "run"))
     (tmp_path / "checkpoint.pt").write_bytes(b"no checkpoint")
     assert "is not a checkpoint" in error("--resume")
     assert "already exists: add --resume" in error()
     config = train.make_config({"preset": "debug", "levels": 1, "logdir": str(tmp_path)})
-    train.Run(config, train.Atari("pong")).save()
+    run = train.Run(config, train.Atari("pong"))
+    run.act()
+    run.save()
     assert "--levels 2 contradicts" in error("--resume", "--levels", "2")
     assert "--game" in error("--resume", "--game", "boxing")
     whole = (tmp_path / "checkpoint.pt").read_bytes()
+    (tmp_path / "replay-0").rename(tmp_path / "gone")
+    assert "does not fit" in error("--resume")
     (tmp_path / "checkpoint.pt").write_bytes(whole[:len(whole) // 2])
     assert "is not a checkpoint" in error("--resume")
 
@@ -769,6 +789,56 @@ def test_command_line_exit_codes_and_signals(tmp_path):
     assert f"pong after {step + 10} steps: score" in resumed.stdout
     summary = json.loads((tmp_path / "run" / "evaluation.json").read_text())
     assert summary["agent_steps"] == step + 10 and len(summary["returns"]) == 1
+
+
+def test_killed_at_any_moment_a_run_ends_as_if_undisturbed(tmp_path):
+    """SIGKILL at random moments, resume, again and again: in the end every line of metrics.jsonl is there exactly once
+    and the weights are bitwise those of a run that nobody killed."""
+    def command(name):
+        return [sys.executable, "train.py", "--logdir", str(tmp_path / name), "--device", "cpu"]
+
+    quiet = dict(cwd=Path(train.__file__).parent, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    settings = "--game breakout --preset debug --steps 450 --warmup 200 --save_every 30 --log_every 50 --eval_episodes 1"
+    subprocess.run([*command("whole"), *settings.split()], check=True, **quiet)
+    delays, flags, kills = np.random.default_rng(0).uniform(0.1, 1.5, 3), settings.split(), 0
+    for delay in delays:
+        process = subprocess.Popen([*command("killed"), *flags], **quiet)
+        checkpoint = tmp_path / "killed" / "checkpoint.pt"
+        before = checkpoint.stat().st_mtime_ns if checkpoint.exists() else 0
+        while process.poll() is None and not (checkpoint.exists() and checkpoint.stat().st_mtime_ns > before):
+            time.sleep(0.01)  # a first checkpoint of this process, so that every round gets further
+        time.sleep(delay)
+        kills += process.poll() is None
+        process.kill()
+        process.wait()
+        flags = ["--resume"]
+    subprocess.run([*command("killed"), "--resume"], check=True, **quiet)
+    assert kills and metrics_of(tmp_path / "killed") == metrics_of(tmp_path / "whole")
+    weights = [train.load_checkpoint(tmp_path / name / "checkpoint.pt", "cpu")["weights"] for name in ("whole", "killed")]
+    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+
+
+def test_a_full_disk_leaves_the_checkpoint_intact(tmp_path, monkeypatch, capsys):
+    """When a checkpoint cannot be written, the one before stays whole, and one line says what to do."""
+    settings = ["--game", "breakout", "--preset", "debug", "--device", "cpu", "--logdir", str(tmp_path / "run"), "--steps",
+                "60", "--save_every", "20"]
+
+    def full(checkpoint, path):
+        Path(path).write_bytes(b"half a file")
+        raise OSError(28, "No space left on device")
+
+    def full_at_step_40(run):
+        if run.step == 40:
+            monkeypatch.setattr(torch, "save", full)
+        save(run)
+
+    save = train.Run.save
+    monkeypatch.setattr(train.Run, "save", full_at_step_40)
+    with pytest.raises(train.UsageError, match="No space left on device.*intact.*--resume"):
+        train.main(settings)
+    monkeypatch.undo()
+    assert train.main(["--logdir", str(tmp_path / "run"), "--resume", "--steps", "50", "--eval_episodes", "1"]) == 0
+    assert "resumed at step 20" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("spelling", ["ms_pacman", "MsPacman", "mspacman", "Ms-Pacman", "MS PACMAN"])
@@ -839,7 +909,7 @@ def test_every_environment_plays_its_share():
     assert len(returns) == 12 and set(returns) <= {0.0, 1.0, 2.0, 3.0}
 
 
-@pytest.mark.parametrize("levels, steps, seed", [(1, 3500, 0), (2, 5000, 0)])
+@pytest.mark.parametrize("levels, steps, seed", [(1, 3000, 0), (2, 5000, 0)])
 def test_it_learns(levels, steps, seed, tmp_path):
     """Flat and hierarchical agents learn Catch to 90% of the best return; an untrained agent is far below."""
     run = train.Run(catch_config(tmp_path, levels=levels, steps=steps, seed=seed, save_every=steps), Catch())

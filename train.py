@@ -86,7 +86,6 @@ class Config:
     autoencoder_lr: float = setting(1e-4, "learning rate of the subgoal autoencoders", 0)
 
     precision: str = setting("float32", "arithmetic of the matrix products", choices=["float32", "bf16"])
-    compile: bool = setting(False, "compile losses and rollouts with torch.compile")
     log_every: int = setting(500, "agent steps between lines of metrics.jsonl", 1)
     save_every: int = setting(2500, "agent steps between checkpoints", 1)
     eval_episodes: int = setting(100, "episodes of the final evaluation", 1)
@@ -125,12 +124,8 @@ def parse_config(argv):
     parser = Parser(description="Train Hieros on an Atari game.", allow_abbrev=False,
                     epilog="example: python train.py --game breakout --levels 1 --seed 3")
     for field in dataclasses.fields(Config):
-        limits = {"help": f"{field.metadata['help']} (paper: {field.default})", "default": argparse.SUPPRESS}
-        if field.type is bool:
-            limits["action"] = "store_true"
-        else:
-            limits |= {"type": field.type, "choices": field.metadata["choices"], "metavar": field.name.upper()}
-        parser.add_argument("--" + field.name, **{key: value for key, value in limits.items() if value is not None})
+        parser.add_argument("--" + field.name, type=field.type, choices=field.metadata["choices"], default=argparse.SUPPRESS,
+                            metavar=field.name.upper(), help=f"{field.metadata['help']} (paper: {field.default})")
     parser.add_argument("--resume", action="store_true", help="continue the run in --logdir from its last checkpoint")
     given = vars(parser.parse_args(argv))
     return given, given.pop("resume")
@@ -348,11 +343,6 @@ class Run:
         self.curve = []  # [agent step, return] of every finished episode
         self.updates = [0] * config.levels
         self.log = Log(self.directory)
-        if config.compile:
-            for level in self.agent.levels:
-                level.world_model.loss = torch.compile(level.world_model.loss)
-                level.world_model.imagine = torch.compile(level.world_model.imagine)
-                level.autoencoder.loss = torch.compile(level.autoencoder.loss)
 
     def act(self):
         """One tick of acting: every level that is due updates, chooses and remembers. Returns the game action."""
@@ -632,15 +622,26 @@ def main(argv):
             if name in given and name not in RESUMABLE | {"logdir", "preset"} and value != stored[name]:
                 raise UsageError(f"--{name} {value} contradicts the run in {config.logdir}, which has {stored[name]}")
         config = Config(**stored | {name: getattr(config, name) for name in (RESUMABLE & given.keys()) | {"logdir", "device"}})
-    elif Path(config.logdir).exists() and any(Path(config.logdir).iterdir()):
+    elif Path(config.logdir).is_dir() and any(Path(config.logdir).iterdir()):
         raise UsageError(f"{config.logdir} already exists: add --resume to continue it, or choose another --logdir")
     run = Run(config, Atari(config.game))
-    if resume:
-        run.restore(checkpoint)
+    try:
+        run.restore(checkpoint) if resume else run.save()  # from the first moment on there is something to resume
+    except OSError as error:
+        raise UsageError(f"--logdir {config.logdir} cannot be used: {error.strerror}")
+    except (LookupError, TypeError, ValueError, RuntimeError) as error:
+        raise UsageError(f"{path} does not fit this program: {' '.join(str(error).split())[:200]}") from error
     parameters = sum(p.numel() for name, p in run.agent.named_parameters() if "slow" not in name)
     print(f"Hieros: {config.game}, preset {config.preset}, {config.levels} levels, {parameters / 1e6:.1f} M parameters,"
           f" device {config.device}, writing to {config.logdir}" + (f", resumed at step {run.step}" if resume else ""))
-    number = train(run)
+    try:
+        number = train(run)
+    except OSError as error:
+        raise UsageError(f"{config.logdir} cannot be written ({error.strerror}); its last checkpoint is intact: make room,"
+                         f" then python train.py --logdir {config.logdir} --resume")
+    except FloatingPointError as error:
+        print(f"train.py: {error}", file=sys.stderr)
+        return 1
     if number:
         print(f"stopped at step {run.step}, saved; continue with: python train.py --logdir {config.logdir} --resume")
         return 128 + number
