@@ -1,18 +1,20 @@
 """The hierarchy: what one level learns to do in its imagination, and how the levels share one life.
 
-Level 0 sees the game and plays it. Level i+1 sees the states of level i, acts k = 4 times more rarely, and its action
-is a *subgoal* for level i: a point in level i's own state space where it should go. One line an env step:
+Level 0 sees the game and plays it. Level i+1 sees the states of level i, acts k = 4 times more rarely, and
+its action is a *subgoal* for level i: a point in level i's own state space where it should go. One line an
+env step:
 
     t        0  1  2  3  4  5  6  7  8 ... 16
     level 0  *  *  *  *  *  *  *  *  *      *      sees o_t, acts in the game
     level 1  *           *           *      *      sees its last 4 level-0 states, up to and including t
     level 2  *                              *      sees its last 4 level-1 states
 
-Within one env step information first flows up (each ticking level updates its state), then intentions flow down (each
-ticking level chooses; its choice is held by the level below until the next tick; level 0 acts).
+Within one env step information first flows up (each ticking level updates its state), then intentions flow
+down (each ticking level chooses; its choice is held by the level below until the next tick; level 0 acts).
 
-Papers: Hieros (Mattes et al. 2024, arXiv 2310.05167), Section 3.2 and 3.3; Director (Hafner et al. 2022, arXiv 2206.04114) for
-subgoal autoencoder and cosine-max; DreamerV3 (arXiv 2301.04104) for the actor-critic. Read world_model.py before.
+Papers: Hieros (Mattes et al. 2024, arXiv 2310.05167), Section 3.2 and 3.3; Director (Hafner et al. 2022,
+arXiv 2206.04114) for subgoal autoencoder and cosine-max; DreamerV3 (arXiv 2301.04104) for the actor-critic.
+Read world_model.py before.
 
 Symbols beside those of world_model.py:
     L, k       number of levels; a level ticks every k ticks of the level below
@@ -30,9 +32,9 @@ from torch import nn
 from world_model import MLP, TwoHot, WorldModel, entropy, sample_onehot, straight_through, symlog, unimix
 
 
-# ---------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Rewards and returns
-# ---------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 
 def cosine_max(goal, h):
     """max(0, goal . h) / max(|goal|, |h|)^2 over the last dimension: 1 only where h *is* the goal (Director's max-cosine).
@@ -73,15 +75,16 @@ class ReturnNormaliser(nn.Module):
         """(..., R) returns of this update -> (R,) scale to divide by."""
         low, high = torch.quantile(returns.flatten(0, -2), self.percentiles, 0)
         self.updates += 1
-        # A plain mean at first, so that the initial zero is forgotten at once and not over 1/(1 - decay) updates.
+        # A plain mean at first, so that the initial zero is forgotten at once and not over 1/(1 - decay)
+        # updates.
         share = torch.clamp(1 / self.updates, min=1 - self.decay)
         self.range += share * (high - low - self.range)
         return torch.maximum(self.range, self.floors)
 
 
-# ---------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Networks of a level
-# ---------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 
 class SubgoalAutoencoder(nn.Module):
     """Compresses h to a code of 8 x 8 one-hots and back. One network, two jobs (Hieros, Section 3.2).
@@ -105,8 +108,8 @@ class SubgoalAutoencoder(nn.Module):
         """(loss, novelty (...)): squared error + 0.5 KL(code || uniform), mean over states; mean squared error of each."""
         log_q = unimix(self.encoder(h).float().unflatten(-1, self.code_shape))
         error = (self.decode(straight_through(log_q).flatten(-2)) - h).square()
-        # KL to the uniform distribution = its entropy minus ours. It keeps all codes in use, so that whatever the
-        # level above chooses means something.
+        # KL to the uniform distribution = its entropy minus ours. It keeps all codes in use, so that whatever
+        # the level above chooses means something.
         uniform = self.code_shape[0] * np.log(self.code_shape[1])
         return (error.sum(-1) + 0.5 * (uniform - entropy(log_q))).mean(), error.mean(-1).detach()
 
@@ -159,21 +162,22 @@ def onehot(index, classes, first=0):
     return (index[..., None] == torch.arange(first, first + classes, device=index.device)).float()
 
 
-# ---------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # One level
-# ---------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 
 class Level(nn.Module):
     """World model, subgoal autoencoder, actor and critics of one level, and how they learn from a replay batch.
 
-    observation_shape: as for WorldModel. action_shape, subgoal_shape: (categoricals, classes) of the action and of the
-    subgoal that it is given; (0, 8) at the top, where no one gives any; code_shape: of every subgoal. rewards: {name:
-    weight}. model: keyword arguments of WorldModel. horizon: imagined steps; starts: imagined rollouts an update (at
-    most B*T).
+    observation_shape: as for WorldModel. action_shape, subgoal_shape: (categoricals, classes) of the action
+    and of the subgoal that it is given; (0, 8) at the top, where no one gives any; code_shape: of every
+    subgoal. rewards: {name: weight}. model: keyword arguments of WorldModel. horizon: imagined steps; starts:
+    imagined rollouts an update (at most B*T).
     """
 
-    # Returns of the game are worth their own noise only from about one point on; those of the other two rewards live
-    # on far smaller scales (one step gives at most 1, or an error of h near 0.01), so a floor of 1 would mute them.
+    # Returns of the game are worth their own noise only from about one point on; those of the other two
+    # rewards live on far smaller scales (one step gives at most 1, or an error of h near 0.01), so a floor of
+    # 1 would mute them.
     FLOORS = {"extrinsic": 1.0, "subgoal": 0.1, "novelty": 0.01}
 
     def __init__(self, observation_shape, action_shape, subgoal_shape, code_shape, rewards, model, horizon=16,
@@ -222,8 +226,8 @@ class Level(nn.Module):
                                                       batch["is_terminal"])
         metrics["model/grad_norm"] = self.optimisers["model"].step(loss)
 
-        # 2. Imagine from the states of the batch, each with the subgoal that was held there. Nothing comes after a
-        # terminal state: what is imagined from one has weight zero.
+        # 2. Imagine from the states of the batch, each with the subgoal that was held there. Nothing comes
+        # after a terminal state: what is imagined from one has weight zero.
         states = states.map(lambda field: field.flatten(0, 1))
         subgoal, alive = subgoal.flatten(0, 1), 1 - batch["is_terminal"].flatten().float()
         if self.starts < len(alive):
@@ -283,15 +287,16 @@ class Level(nn.Module):
         return metrics
 
 
-# ---------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # The stack of levels
-# ---------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 
 class Hieros(nn.Module):
     """L levels that play together. With L = 1 it is a flat agent: no subgoal, no novelty, the same code.
 
-    observation_shape: what the environment gives, (64,64,3) bytes or (D,) floats. actions: of the game. code_shape:
-    (categoricals, classes) of a subgoal. weights: of the rewards {extrinsic, subgoal, novelty}. model, behaviour: keyword arguments of WorldModel and of Level.
+    observation_shape: what the environment gives, (64,64,3) bytes or (D,) floats. actions: of the game.
+    code_shape: (categoricals, classes) of a subgoal. weights: of the rewards {extrinsic, subgoal, novelty}.
+    model, behaviour: keyword arguments of WorldModel and of Level.
     """
 
     def __init__(self, observation_shape, actions, levels, k, code_shape, weights, model, behaviour):
@@ -310,7 +315,8 @@ class Hieros(nn.Module):
                 "action": (level.action_shape[:1], np.uint8), "subgoal": (level.subgoal_shape[:1], np.uint8),
                 "reward": ((), np.float32), "is_first": ((), np.bool_), "is_last": ((), np.bool_),
                 "is_terminal": ((), np.bool_)})
-            # What the next level sees of this one: k states [z, symlog h]. The replay keeps z as class numbers.
+            # What the next level sees of this one: k states [z, symlog h]. The replay keeps z as class
+            # numbers.
             stoch, classes = level.world_model.z_shape
             shape = (k * (stoch * classes + level.world_model.hidden),)
             stored = {"z": ((k, stoch), np.uint8), "h": ((k, level.world_model.hidden), np.float32)}
@@ -333,12 +339,14 @@ class Hieros(nn.Module):
     def act(self, memory, observation, reward, is_first, is_last, is_terminal):
         """One env step of n environments, at any stage of their episodes each.
 
-        memory: of the previous step. observation: (n, ...) as the environment gives it; reward (n,) that came with it;
-        is_first, is_last, is_terminal (n,): numpy arrays. Every level ticks at an episode's last step, on the grid or
-        not: what has come since its last tick, the final reward and the end itself, would be lost otherwise.
+        memory: of the previous step. observation: (n, ...) as the environment gives it; reward (n,) that came
+        with it; is_first, is_last, is_terminal (n,): numpy arrays. Every level ticks at an episode's last
+        step, on the grid or not: what has come since its last tick, the final reward and the end itself,
+        would be lost otherwise.
 
-        Returns the new memory, the game action (n,), and a list of ticks from level 0 upwards: for each level that
-        ticked {name: (rows, ...)}, all that its replay stores, the State, and the rows of the n that it concerns.
+        Returns the new memory, the game action (n,), and a list of ticks from level 0 upwards: for each level
+        that ticked {name: (rows, ...)}, all that its replay stores, the State, and the rows of the n that it
+        concerns.
         """
         t = np.where(is_first, 0, memory["t"] + 1)
         new = {"t": t, "levels": [dict(level) for level in memory["levels"]]}
@@ -373,7 +381,8 @@ class Hieros(nn.Module):
             own["reward"][rows] = 0
             ticks.append(tick)
 
-        # Top-down: each ticking level chooses; the level below, which ticks whenever this one does, holds the choice.
+        # Top-down: each ticking level chooses; the level below, which ticks whenever this one does, holds the
+        # choice.
         for i in reversed(range(len(ticks))):
             own, tick = new["levels"][i], ticks[i]
             tick["subgoal"] = own["subgoal"][tick["index"]]

@@ -1,18 +1,19 @@
 """Experience replay with efficient time-balanced sampling (ETBS): a ring that draws old and new more evenly.
 
-The problem. One step is added and one sequence is drawn, uniformly, at each step. Entry i of n was there to be drawn at
-steps i ... n, so by now it has been drawn 1/i + ... + 1/n ~ ln(n/i) times: the first experiences, made by an agent
-that could do nothing, are used again and again, and the newest hardly at all.
+The problem. One step is added and one sequence is drawn, uniformly, at each step. Entry i of n was there to
+be drawn at steps i ... n, so by now it has been drawn 1/i + ... + 1/n ~ ln(n/i) times: the first experiences,
+made by an agent that could do nothing, are used again and again, and the newest hardly at all.
 
-The remedy (Hieros, Section 3.4). The expected counts have, over x in (0, n], the density ln(n/x)/n and the cumulative
-distribution F(u) = u (1 - ln u) with u = x/n. Pushing a uniform number through F moves it towards the new end by
-about as much as uniform sampling favours the old one. In closed form, O(1) a draw, with a temperature tau that leads
-from uniform (0) to all of that (1):
+The remedy (Hieros, Section 3.4). The expected counts have, over x in (0, n], the density ln(n/x)/n and the
+cumulative distribution F(u) = u (1 - ln u) with u = x/n. Pushing a uniform number through F moves it towards
+the new end by about as much as uniform sampling favours the old one. In closed form, O(1) a draw, with a
+temperature tau that leads from uniform (0) to all of that (1):
 
     u ~ U(0,1)        position = tau u (1 - ln u) + (1 - tau) u        index = floor(position n)
 
-Here n is the number of start positions held *now*, and index 0 is the oldest of them. (The published code divides by
-the capacity instead of the fill, so that it draws almost uniformly; and it has ETBS switched off by default.)
+Here n is the number of start positions held *now*, and index 0 is the oldest of them. (The published code
+divides by the capacity instead of the fill, so that it draws almost uniformly; and it has ETBS switched off
+by default.)
 
 Symbols: T steps in a sequence, B sequences in a batch.
 """
@@ -31,9 +32,10 @@ def etbs_cdf(u):
 class Replay:
     """A ring of `capacity` steps from which sequences of `length` consecutive steps are drawn.
 
-    spec: {name: (shape, dtype)} of one step. Every name is one preallocated array, so memory is constant from the
-    first step to the last and no Python object is made a step. Sequences may run over the end of an episode, the
-    reset in the scan handles that; they never run over the write head, where the newest step meets the oldest.
+    spec: {name: (shape, dtype)} of one step. Every name is one preallocated array, so memory is constant from
+    the first step to the last and no Python object is made a step. Sequences may run over the end of an
+    episode, the reset in the scan handles that; they never run over the write head, where the newest step
+    meets the oldest.
     """
 
     def __init__(self, spec, capacity, length, tau, rng):
@@ -73,8 +75,8 @@ class Replay:
         index %= self.capacity
         return {name: array.take(index, 0) for name, array in self.arrays.items()}
 
-    # A checkpoint must not rewrite a gigabyte that has not changed: each `save` writes only the steps since the last,
-    # as one more file, and `load` puts the files back into the ring one by one.
+    # A checkpoint must not rewrite a gigabyte that has not changed: each `save` writes only the steps since
+    # the last, as one more file, and `load` puts the files back into the ring one by one.
 
     def save(self, folder):
         """Write the steps since the last `save` to folder/FROM-TO.npz; delete files that left the ring."""
@@ -98,8 +100,8 @@ class Replay:
     def load(self, folder, total):
         """Fill the ring with the steps up to number `total`, as they were when `save` was called then.
 
-        Files written after that moment belong to a checkpoint that was never completed; they are deleted. Raises
-        ValueError if a step is missing.
+        Files written after that moment belong to a checkpoint that was never completed; they are deleted.
+        Raises ValueError if a step is missing.
         """
         self.total = self.saved = max(0, total - self.capacity)
         for path, start, stop in self._files(folder):

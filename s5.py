@@ -1,9 +1,9 @@
 """The S5 layer: a linear state-space model that trains in parallel over time and steps like an RNN.
 
-Why Hieros wants one. A recurrent network (the GRU of Dreamer) must process a sequence one step after the other,
-because each step is nonlinear in the state. Drop the nonlinearity from the recurrence, and all T steps can be
-computed together in log2(T) rounds; put it *between* the layers instead, and nothing is lost. While acting and
-imagining, the very same weights run one step at a time.
+Why Hieros wants one. A recurrent network (the GRU of Dreamer) must process a sequence one step after the
+other, because each step is nonlinear in the state. Drop the nonlinearity from the recurrence, and all T steps
+can be computed together in log2(T) rounds; put it *between* the layers instead, and nothing is lost. While
+acting and imagining, the very same weights run one step at a time.
 
 Papers: S5 (Smith, Warrington, Linderman 2023, arXiv 2208.04933); the reset inside a scan (Lu et al. 2023,
 arXiv 2303.03982). Read this file first, then world_model.py.
@@ -24,9 +24,9 @@ import torch.nn.functional as F
 from torch import nn
 
 
-# ---------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # The recurrence x_t = a_t x_{t-1} + b_t, twice: slowly (to read) and in parallel (to use)
-# ---------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 
 def scan_sequential(a, b):
     """What `scan` computes, one step after the other: x_t = a_t x_{t-1} + b_t with x_{-1} = 0. All (B,T,...)."""
@@ -42,8 +42,8 @@ def _prefix(a, b, reverse=False):
 
         (a_2, b_2) o (a_1, b_1) = (a_2 a_1,  a_2 b_1 + b_2)        (S5, Section 2.2)
 
-    so after the round with offset n, entry t holds the composition of the 2n steps that end at t. Any T works:
-    an entry with fewer than 2n steps before it is already complete and is left alone.
+    so after the round with offset n, entry t holds the composition of the 2n steps that end at t. Any T
+    works: an entry with fewer than 2n steps before it is already complete and is left alone.
     """
     a, b = a.clone(), b.clone()
     T, offset = b.shape[1], 1
@@ -91,17 +91,17 @@ def scan(a, b):
     return _Scan.apply(a, b)
 
 
-# ---------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # The layer
-# ---------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 
 def hippo_n(size):
     """Eigenvalues (size/2,) and eigenvectors (size, size/2) of the normal part of HiPPO-LegS, positive half.
 
     HiPPO-LegS is the matrix that makes a state remember its whole input history as Legendre coefficients. Its
-    normal part is -1/2 I + S with S skew-symmetric, S_nk = -1/2 sqrt((2n+1)(2k+1)) sign(n-k), so its eigenvalues
-    are -1/2 + i w in conjugate pairs (S5, Section 3.2 and Appendix B). One of each pair is enough: the other's
-    contribution to a real output is its complex conjugate.
+    normal part is -1/2 I + S with S skew-symmetric, S_nk = -1/2 sqrt((2n+1)(2k+1)) sign(n-k), so its
+    eigenvalues are -1/2 + i w in conjugate pairs (S5, Section 3.2 and Appendix B). One of each pair is
+    enough: the other's contribution to a real output is its complex conjugate.
     """
     n = torch.arange(size, dtype=torch.float64)
     root = torch.sqrt(2 * n + 1)
@@ -120,9 +120,9 @@ class S5Layer(nn.Module):
 
         x'(t) = Lambda x(t) + B_tilde u(t)        y(t) = 2 Re(C_tilde x(t)) + D u(t)        (S5, Section 3)
 
-    state_size P must be a multiple of 2 * blocks; the initial Lambda is `blocks` copies of a small HiPPO-N matrix
-    (J in S5, Appendix B). Step sizes start log-uniform in [dt_min, dt_max]: with decay 1/2 the state forgets
-    over 2/Delta steps, here 20 to 2,000.
+    state_size P must be a multiple of 2 * blocks; the initial Lambda is `blocks` copies of a small HiPPO-N
+    matrix (J in S5, Appendix B). Step sizes start log-uniform in [dt_min, dt_max]: with decay 1/2 the state
+    forgets over 2/Delta steps, here 20 to 2,000.
     """
 
     def __init__(self, features, state_size, blocks=4, dt_min=1e-3, dt_max=1e-1):
@@ -137,12 +137,14 @@ class S5Layer(nn.Module):
         self.log_decay = nn.Parameter(torch.log(-Lambda.real).float())  # (P/2,)
         self.frequency = nn.Parameter(Lambda.imag.float())  # (P/2,)
         self.log_Delta = nn.Parameter(torch.empty(state_size // 2).uniform_(math.log(dt_min), math.log(dt_max)))
-        # u is real, so B_tilde u is one real matmul to interleaved [Re, Im]; and since Re(c x) = Re c Re x - Im c Im x,
-        # 2 Re(C_tilde x) is one real matmul back, its matrix interleaving [2 Re c, -2 Im c]. That is half the work of
-        # complex matmuls, u is never cast, and the parameters are real, as optimisers and file formats like them.
+        # u is real, so B_tilde u is one real matmul to interleaved [Re, Im]; and since Re(c x) = Re c Re x -
+        # Im c Im x, 2 Re(C_tilde x) is one real matmul back, its matrix interleaving [2 Re c, -2 Im c]. That
+        # is half the work of complex matmuls, u is never cast, and the parameters are real, as optimisers and
+        # file formats like them.
         B_tilde, C_tilde = V.mH @ B.to(V.dtype), C.to(V.dtype) @ V  # V is unitary: V^-1 is its conjugate transpose
-        # With B_tilde as in S5, white input drives the state to a standard deviation of sqrt(Delta), 0.03 to 0.3, and
-        # whatever reads the state sees almost nothing at first. Divide that out: unit variance at any step size.
+        # With B_tilde as in S5, white input drives the state to a standard deviation of sqrt(Delta), 0.03 to
+        # 0.3, and whatever reads the state sees almost nothing at first. Divide that out: unit variance at
+        # any step size.
         B_tilde = B_tilde * torch.exp(-0.5 * self.log_Delta.detach())[:, None]
         self.B = nn.Parameter(torch.view_as_real(B_tilde).transpose(1, 2).flatten(0, 1).float())  # (P, H)
         self.C = nn.Parameter(real_view(2 * C_tilde.conj_physical()).float())  # (H, P)
@@ -153,8 +155,8 @@ class S5Layer(nn.Module):
 
             Lambda_bar = exp(Lambda Delta)        B_bar = scale B_tilde, scale = Lambda^-1 (Lambda_bar - 1)
 
-        Returns (Lambda_bar, scale), both (P/2,) complex: B_bar u = scale * (B_tilde u), so the matrix itself is never
-        rebuilt. A rollout calls this once and hands the result to every `step`.
+        Returns (Lambda_bar, scale), both (P/2,) complex: B_bar u = scale * (B_tilde u), so the matrix itself
+        is never rebuilt. A rollout calls this once and hands the result to every `step`.
         """
         Lambda = torch.complex(-torch.exp(self.log_decay), self.frequency)
         Lambda_bar = torch.exp(Lambda * torch.exp(self.log_Delta))
@@ -172,8 +174,8 @@ class S5Layer(nn.Module):
         """A whole sequence in parallel. u: (B,T,H); state: (B,P/2) complex, before the first step; reset: (B,T) bool.
 
         Where reset is true the state forgets everything before that step. That needs no third element in the
-        scan's operator (as in Lu et al. 2023): with a_t = 0 nothing earlier reaches x_t, in values or in gradients.
-        Returns y (B,T,H) and *all* states (B,T,P/2). Raises ValueError when the shapes do not fit.
+        scan's operator (as in Lu et al. 2023): with a_t = 0 nothing earlier reaches x_t, in values or in
+        gradients. Returns y (B,T,H) and *all* states (B,T,P/2). Raises ValueError when the shapes do not fit.
         """
         B, T, H = u.shape
         if H != len(self.D) or state.shape != (B, len(self.log_decay)) or reset.shape != (B, T):

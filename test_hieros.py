@@ -32,9 +32,9 @@ def seeded():
     torch.manual_seed(0)
 
 
-# ---------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # s5.py
-# ---------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 
 def random_complex(*shape):
     return torch.randn(*shape, dtype=torch.cfloat)
@@ -144,9 +144,9 @@ def test_shapes_that_do_not_fit_name_both():
         S5Layer(4, 12)
 
 
-# ---------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # world_model.py
-# ---------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 
 TINY = dict(stoch=4, classes=8, hidden=32, state_size=16, s5_layers=2, units=32, mlp_layers=1, depth=4, first_stride=4)
 
@@ -303,9 +303,9 @@ def test_world_model_overfits_one_batch_of_images():
     assert torch.allclose(states.reward, reward, atol=0.5) and (states.cont.round() == (~ends).float()).all()
 
 
-# ---------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # hierarchy.py
-# ---------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 
 def test_cosine_max_wants_direction_and_length():
     """1 only at the goal itself; less for half or twice its length; 0 when pointing away."""
@@ -490,8 +490,9 @@ def batch_of(agent, i, B=3, T=8, device="cpu"):
 
 @pytest.mark.parametrize("levels", [1, 3])
 def test_an_update_changes_every_parameter_and_nothing_is_on_the_wrong_device(levels):
-    """One update trains all networks of a level; on the meta device, where any tensor made elsewhere and any peek at a
-    value is an error, the same update runs through: so it neither mixes devices nor waits for one."""
+    """One update trains all networks of a level; on the meta device, where any tensor made elsewhere and any
+    peek at a value is an error, the same update runs through: so it neither mixes devices nor waits for
+    one."""
     shape = (64, 64, 3)
     agent = small(levels, shape, actor_lr=1e-2)  # at 3e-5 two steps vanish in rounding
     with torch.device("meta"):
@@ -533,9 +534,9 @@ def test_nothing_is_learned_from_beyond_the_end():
     assert all(torch.equal(a, b) for a, b in zip(before, after))
 
 
-# ---------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # replay.py
-# ---------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 
 def counting_replay(capacity, length, tau, steps=0, seed=0):
     replay = Replay({"t": ((), np.int64)}, capacity, length, tau, np.random.default_rng(seed))
@@ -612,9 +613,9 @@ def test_saved_pieces_become_the_same_ring(tmp_path):
         counting_replay(20, 5, 0.3).load(tmp_path, 99)
 
 
-# ---------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # train.py
-# ---------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 
 class Catch(gymnasium.Env):
     """Three blocks fall, one after the other, through 6 rows of 5 columns; each one caught by the paddle is a point.
@@ -792,8 +793,8 @@ def test_command_line_exit_codes_and_signals(tmp_path):
 
 
 def test_killed_at_any_moment_a_run_ends_as_if_undisturbed(tmp_path):
-    """SIGKILL at random moments, resume, again and again: in the end every line of metrics.jsonl is there exactly once
-    and the weights are bitwise those of a run that nobody killed."""
+    """SIGKILL at random moments, resume, again and again: in the end every line of metrics.jsonl is there
+    exactly once and the weights are bitwise those of a run that nobody killed."""
     def command(name):
         return [sys.executable, "train.py", "--logdir", str(tmp_path / name), "--device", "cpu"]
 
@@ -865,8 +866,8 @@ def test_screen_is_averaged_by_area():
 
 
 def test_actions_repeat_and_the_end_is_seen():
-    """One agent step is four frames with their rewards summed; the last observation shows the frame on which it ended,
-    and reaching the frame limit is truncation, not termination."""
+    """One agent step is four frames with their rewards summed; the last observation shows the frame on which
+    it ended, and reaching the frame limit is truncation, not termination."""
     env = train.Atari("pong")
     env.reset(seed=0)
     frames, calls = env.frames, []
@@ -919,9 +920,9 @@ def test_it_learns(levels, steps, seed, tmp_path):
     assert untrained < 1.0 and trained >= 0.9 * Catch.DROPS, (untrained, trained)
 
 
-# ---------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # evaluate.py
-# ---------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 
 def untrained_run(directory, game="breakout", levels=2, seed=0):
     """The directory of a run that was saved before its first step."""
@@ -940,8 +941,8 @@ def write_result(path, **changes):
 
 
 def test_evaluation_of_a_run(tmp_path, capsys):
-    """A saved run is loaded, plays as many episodes as asked, and its score stands in RUN/evaluation.json; with
-    --json - the standard output is that JSON and nothing else. The same seed gives the same score."""
+    """A saved run is loaded, plays as many episodes as asked, and its score stands in RUN/evaluation.json;
+    with --json - the standard output is that JSON and nothing else. The same seed gives the same score."""
     untrained_run(tmp_path)
     assert evaluate.main([str(tmp_path), "--episodes", "1", "--seed", "1"]) == 0
     assert "breakout after 0 steps: score" in capsys.readouterr().out
@@ -1023,8 +1024,8 @@ def painting(agent):
 
 
 def test_subgoals_are_decoded_level_by_level():
-    """A state of level 2 becomes pixels through level 1 and level 0: of each stacked observation the newest of the k
-    states is taken, its z made one-hot, its h brought back from symlog."""
+    """A state of level 2 becomes pixels through level 1 and level 0: of each stacked observation the newest
+    of the k states is taken, its z made one-hot, its h brought back from symlog."""
     torch.manual_seed(0)
     agent = painting(small(levels=3, observation_shape=(64, 64, 3)))
     states = [(onehot(torch.randint(8, (1, 8)), 8), 3 * torch.randn(1, 64)) for _ in range(3)]
@@ -1059,8 +1060,8 @@ def test_film_shows_subgoals_at_their_own_pace(monkeypatch):
 
 
 def test_film_dream_starts_from_the_truth_and_then_sees_nothing(monkeypatch):
-    """The dream of the film equals the reconstruction where it restarts, and whatever the game shows afterwards
-    leaves it unchanged; the actions do change it."""
+    """The dream of the film equals the reconstruction where it restarts, and whatever the game shows
+    afterwards leaves it unchanged; the actions do change it."""
     class Garbled(train.Atari):
         def step(self, action):
             return 255 - super().step(action)[0], 0.0, False, False, {}
@@ -1085,8 +1086,8 @@ def test_film_dream_starts_from_the_truth_and_then_sees_nothing(monkeypatch):
 
 
 def test_film_file(tmp_path, capsys):
-    """--video writes a GIF of captioned panels, three for a flat agent and two more for three levels, and less than
-    its limit of bytes even of pure noise."""
+    """--video writes a GIF of captioned panels, three for a flat agent and two more for three levels, and
+    less than its limit of bytes even of pure noise."""
     Image = pytest.importorskip("PIL.Image")
     pytest.importorskip("matplotlib")
     for levels, panels in ((1, 3), (3, 5)):
@@ -1102,8 +1103,8 @@ def test_film_file(tmp_path, capsys):
 
 
 def test_dream_film_runs_without_the_game(tmp_path, monkeypatch):
-    """In --dream the game is played for the context only, then all levels play on in the world model alone, and the
-    film ends where the model believes that the episode is over."""
+    """In --dream the game is played for the context only, then all levels play on in the world model alone,
+    and the film ends where the model believes that the episode is over."""
     pytest.importorskip("matplotlib")
     steps, films = [], []
 
@@ -1142,8 +1143,8 @@ class Echo(gymnasium.Env):
 
 
 def test_open_loop_sequences_stay_inside_an_episode():
-    """A sequence for the open-loop error is consecutive steps of one episode, each with the action chosen after it;
-    episodes that are too short are one clear line."""
+    """A sequence for the open-loop error is consecutive steps of one episode, each with the action chosen
+    after it; episodes that are too short are one clear line."""
     torch.manual_seed(0)
     agent = small(levels=2)
     o, a, first = evaluate.fresh_sequences(agent, Echo(17), 0, count=6, length=8)
@@ -1155,8 +1156,8 @@ def test_open_loop_sequences_stay_inside_an_episode():
 
 
 def test_open_loop_error_against_its_baselines():
-    """The error at horizon n is that of the n-th step after the context; a still game is foreseen perfectly by its
-    last frame, and the mean frame's error is the variance of the frames."""
+    """The error at horizon n is that of the n-th step after the context; a still game is foreseen perfectly
+    by its last frame, and the mean frame's error is the variance of the frames."""
     torch.manual_seed(0)
     T = evaluate.CONTEXT + evaluate.HORIZON
     truth = torch.rand(3, 1, 3, 64, 64).repeat(1, T, 1, 1, 1) - 0.5
@@ -1184,8 +1185,9 @@ def test_aggregates_agree_with_published_ones(method, mean, median):
 
 
 def test_aggregates_by_hand():
-    """Mean and median are those of the games' means, the interquartile mean leaves out a quarter of all runs at each
-    end, the optimality gap counts what is missing to 1; all games weigh the same, however many runs they have."""
+    """Mean and median are those of the games' means, the interquartile mean leaves out a quarter of all runs
+    at each end, the optimality gap counts what is missing to 1; all games weigh the same, however many runs
+    they have."""
     scores = [np.array([0.0, 0.2, 0.4, 0.6]), np.array([0.8, 1.0, 1.2, 5.0])]
     expected = [(0.3 + 2.0) / 2, (0.3 + 2.0) / 2, (0.4 + 0.6 + 0.8 + 1.0) / 4, (1.0 + 0.8 + 0.6 + 0.4 + 0.2) / 8]
     assert np.allclose(evaluate.aggregate(scores), expected)
@@ -1195,8 +1197,9 @@ def test_aggregates_by_hand():
 
 
 def test_bootstrap_is_stratified():
-    """Intervals come from redrawing runs within each game: games whose runs agree give none, however much the games
-    differ; and for many runs of one game the mean's interval is the textbook's +-1.96 standard errors."""
+    """Intervals come from redrawing runs within each game: games whose runs agree give none, however much the
+    games differ; and for many runs of one game the mean's interval is the textbook's +-1.96 standard
+    errors."""
     same = [np.full(3, value) for value in (0.1, 0.5, 2.0)]
     assert np.allclose(evaluate.bootstrap(same, 200), evaluate.aggregate(same))
     runs = np.random.default_rng(1).normal(size=400)
@@ -1205,8 +1208,8 @@ def test_bootstrap_is_stratified():
 
 
 def test_table_says_what_it_knows(tmp_path, capsys):
-    """The table keeps different configurations apart, marks published figures, aggregates over the games that are
-    there and says so, gives no interval to single runs, and keeps games without a human score out."""
+    """The table keeps different configurations apart, marks published figures, aggregates over the games that
+    are there and says so, gives no interval to single runs, and keeps games without a human score out."""
     files = [write_result(tmp_path / "a.json"), write_result(tmp_path / "b.json", levels=1),
              write_result(tmp_path / "c.json", game="frostbite", returns=[2000]),
              write_result(tmp_path / "d.json", game="tennis")]

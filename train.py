@@ -1,7 +1,8 @@
 """Train Hieros on an Atari game: `python train.py --game pong`.
 
-In this file: every setting (Config), the game as the agent sees it (Atari), the run with its checkpoints (Run), the
-loop (train) and the score of a trained agent (play, result). Read hierarchy.py and replay.py before.
+In this file: every setting (Config), the game as the agent sees it (Atari), the run with its checkpoints
+(Run), the loop (train) and the score of a trained agent (play, result). Read hierarchy.py and replay.py
+before.
 """
 
 import argparse
@@ -27,9 +28,9 @@ from hierarchy import Hieros
 from replay import Replay
 
 
-# ---------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Settings
-# ---------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 
 def setting(default, help, low=None, high=None, choices=None):
     """A field of Config: its help text and the values that make sense."""
@@ -38,8 +39,8 @@ def setting(default, help, low=None, high=None, choices=None):
 
 @dataclasses.dataclass
 class Config:
-    """Every setting of a run; each is a flag of the command line. The defaults are the preset `paper`: the values of
-    Hieros, Appendix "Hyperparameters", unless the help text says otherwise."""
+    """Every setting of a run; each is a flag of the command line. The defaults are the preset `paper`: the
+    values of Hieros, Appendix "Hyperparameters", unless the help text says otherwise."""
 
     game: str = setting("pong", "Atari game, in any spelling: pong, ms_pacman, MsPacman")
     preset: str = setting("auto", "paper, cpu (about an hour on two cores), debug (under a minute), or auto: paper on"
@@ -162,12 +163,12 @@ def make_config(given):
     return config
 
 
-# ---------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # The game
-# ---------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 
-# Mean scores of a random policy and of a human tester on the 26 games of Atari 100k (published; they come with every
-# Atari 100k paper, first in Mnih et al. 2015 and Wang et al. 2016).
+# Mean scores of a random policy and of a human tester on the 26 games of Atari 100k (published; they come
+# with every Atari 100k paper, first in Mnih et al. 2015 and Wang et al. 2016).
 REFERENCE = {  # game: (random, human)
     "alien": (227.8, 7127.7), "amidar": (5.8, 1719.5), "assault": (222.4, 742.0), "asterix": (210.0, 8503.3),
     "bank_heist": (14.2, 753.1), "battle_zone": (2360.0, 37187.5), "boxing": (0.1, 12.1), "breakout": (1.7, 30.5),
@@ -210,9 +211,10 @@ def area_weights(inputs, outputs):
 class Atari(gymnasium.Env):
     """An Atari game by the protocol of Atari 100k: observations (64,64,3) bytes, the game's minimal action set.
 
-    Each action is repeated for 4 frames; the observation is the pixel-wise maximum of the last two (some games draw
-    their sprites only on every other frame), averaged down to 64x64. Up to 30 random no-ops after a reset; no
-    sticky actions; rewards unclipped; a lost life does not end the episode; 108,000 frames at most.
+    Each action is repeated for 4 frames; the observation is the pixel-wise maximum of the last two (some
+    games draw their sprites only on every other frame), averaged down to 64x64. Up to 30 random no-ops after
+    a reset; no sticky actions; rewards unclipped; a lost life does not end the episode; 108,000 frames at
+    most.
     """
 
     REPEAT, NOOPS, MAX_FRAMES = 4, 30, 108_000
@@ -246,15 +248,17 @@ class Atari(gymnasium.Env):
         return self._observation(), reward, terminated, truncated and not terminated, {}
 
     def _frame(self, action):
-        # The screen is taken after *every* frame, so that also an episode that ends inside the repeat shows its end.
+        # The screen is taken after *every* frame, so that also an episode that ends inside the repeat shows
+        # its end.
         self.previous = self.screen
         self.screen, reward, terminated, _, _ = self.game.step(action)
         self.frames += 1
         return reward, terminated
 
     def _observation(self):
-        # Area average without an image library: rows @ screen @ columns with fractional weights, exactly. By torch:
-        # NumPy's matmul has threads of its own, which fight torch's for the cores and make acting five times slower.
+        # Area average without an image library: rows @ screen @ columns with fractional weights, exactly. By
+        # torch: NumPy's matmul has threads of its own, which fight torch's for the cores and make acting five
+        # times slower.
         screen = torch.from_numpy(np.maximum(self.previous, self.screen)).float()
         narrow = (self.ROWS @ screen.view(210, -1)).view(64, 160, 3)
         return (self.COLUMNS @ narrow).round().byte().numpy()
@@ -273,9 +277,9 @@ class Atari(gymnasium.Env):
         self.np_random.bit_generator.state = state["rng"]
 
 
-# ---------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # The run: all that a checkpoint must hold
-# ---------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 
 def make_agent(config, env):
     """The agent of a Config for an environment's spaces, on the Config's device."""
@@ -427,8 +431,8 @@ class Log:
         self.path, self.sums, self.counts, self.file, self.board = directory / "metrics.jsonl", {}, {}, None, None
 
     def add(self, step, level, metrics):
-        """Sum the metrics {name: scalar tensor} of one update of a level. On the CPU they are checked at once; on a
-        GPU looking would mean waiting, so there `flush` checks their sums."""
+        """Sum the metrics {name: scalar tensor} of one update of a level. On the CPU they are checked at
+        once; on a GPU looking would mean waiting, so there `flush` checks their sums."""
         if metrics["model/kl_loss"].device.type == "cpu":
             self.check(f"at step {step}", level, {name: value.item() for name, value in metrics.items()})
         sums = self.sums.setdefault(str(level), {})
@@ -484,9 +488,9 @@ class Log:
         self.sums, self.counts = state["sums"], state["counts"]
 
 
-# ---------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # The loop
-# ---------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 
 def train(run, progress=True):
     """Act, learn, log, save, until config.steps. Returns the number of the signal that ended it early, else 0."""
@@ -537,8 +541,8 @@ def train(run, progress=True):
 def keep_freed_memory():
     """Ask glibc to keep freed memory for the next tensor instead of returning it to the system.
 
-    By default every tensor over some hundred kB is mapped anew and zeroed page by page, which makes an update on
-    the CPU a third slower. Where there is no glibc nothing happens; on a GPU it does not matter.
+    By default every tensor over some hundred kB is mapped anew and zeroed page by page, which makes an update
+    on the CPU a third slower. Where there is no glibc nothing happens; on a GPU it does not matter.
     """
     try:
         libc = ctypes.CDLL("libc.so.6")
@@ -548,9 +552,9 @@ def keep_freed_memory():
         pass
 
 
-# ---------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # The score
-# ---------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 
 def play(agent, make_env, episodes, seed=0, progress=True):
     """The returns of `episodes` episodes, played side by side by an agent that samples its actions.
@@ -558,7 +562,8 @@ def play(agent, make_env, episodes, seed=0, progress=True):
     Every environment plays equally many episodes: taking the first so many that end would favour short ones.
     """
     n = max(d for d in range(1, 17) if episodes % d == 0)
-    # After an episode's end the next step resets, whatever the action: so the agent sees the end, then the start.
+    # After an episode's end the next step resets, whatever the action: so the agent sees the end, then the
+    # start.
     envs = SyncVectorEnv([make_env] * n, autoreset_mode=AutoresetMode.NEXT_STEP)
     observation, _ = envs.reset(seed=seed)
     memory, returns, score = agent.initial_memory(n), [[] for _ in range(n)], np.zeros(n)

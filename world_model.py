@@ -6,12 +6,13 @@
     prior        z^_t ~ p(z_t | m_t)
     heads        o^_t, r^_t, c^_t from (h_t, z_t)        decoder, reward, continue
 
-Why it is built so. In Dreamer's RSSM the posterior also sees h_t, so z_t cannot be known before h_t, and h_t not
-before z_{t-1}: training walks through time. Here all z_t come from the observations at once, the S5 stack turns them
-into all h_t at once, and training is parallel over time. When it dreams, z^_t of the prior takes the place of z_t.
+Why it is built so. In Dreamer's RSSM the posterior also sees h_t, so z_t cannot be known before h_t, and h_t
+not before z_{t-1}: training walks through time. Here all z_t come from the observations at once, the S5 stack
+turns them into all h_t at once, and training is parallel over time. When it dreams, z^_t of the prior takes
+the place of z_t.
 
-Paper: Hieros (Mattes et al. 2024, arXiv 2310.05167), Section 3.1; DreamerV3 (Hafner et al. 2023, arXiv 2301.04104) for symlog,
-two-hot, unimix and the KL balance. Read s5.py before, hierarchy.py after.
+Paper: Hieros (Mattes et al. 2024, arXiv 2310.05167), Section 3.1; DreamerV3 (Hafner et al. 2023, arXiv
+2301.04104) for symlog, two-hot, unimix and the KL balance. Read s5.py before, hierarchy.py after.
 
 Symbols (the same in every file):
     B, T     batch of sequences, time steps
@@ -32,9 +33,9 @@ from torch import nn
 from s5 import S5Stack, real_view
 
 
-# ---------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Distributions and numbers of any size
-# ---------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 
 def symlog(x):
     """sign(x) log(1 + |x|): linear near zero, logarithmic far out, so that one network fits any reward scale."""
@@ -49,8 +50,8 @@ def symexp(x):
 class TwoHot(nn.Module):
     """A scalar predicted as a distribution over bins of its symlog (DreamerV3).
 
-    A target between two bins puts its weight on both, in proportion to nearness. Classification keeps the gradient's
-    size independent of the target's size, which a squared error would not.
+    A target between two bins puts its weight on both, in proportion to nearness. Classification keeps the
+    gradient's size independent of the target's size, which a squared error would not.
     """
 
     def __init__(self, bins=255, low=-20.0, high=20.0):
@@ -81,8 +82,9 @@ def unimix(logits, share=0.01):
 def sample_onehot(log_p):
     """One-hot samples of categoricals (..., classes), by one uniform number each.
 
-    The inverse of the cumulative distribution: the class is how many cumulated probabilities lie below u. The usual
-    Gumbel trick draws a number a *class*, and on a CPU random numbers are the dearest operation there is.
+    The inverse of the cumulative distribution: the class is how many cumulated probabilities lie below u. The
+    usual Gumbel trick draws a number a *class*, and on a CPU random numbers are the dearest operation there
+    is.
     """
     u = torch.rand(log_p.shape[:-1], device=log_p.device, dtype=log_p.dtype)[..., None]
     index = (log_p.exp().cumsum(-1) < u).sum(-1, keepdim=True).clamp(max=log_p.shape[-1] - 1)  # u may round up to 1
@@ -108,16 +110,16 @@ def kl(log_q, log_p):
 def kl_balance(log_q, log_p):
     """0.5 max(1, KL(sg q || p)) + 0.1 max(1, KL(q || sg p)) and the KL itself, both (...) (DreamerV3).
 
-    The first term teaches the prior to foresee, the second keeps z foreseeable; sg is a stop-gradient. Below one nat
-    ("free bits") neither pulls.
+    The first term teaches the prior to foresee, the second keeps z foreseeable; sg is a stop-gradient. Below
+    one nat ("free bits") neither pulls.
     """
     dynamics, representation = kl(log_q.detach(), log_p), kl(log_q, log_p.detach())
     return 0.5 * dynamics.clamp(min=1) + 0.1 * representation.clamp(min=1), dynamics.detach()
 
 
-# ---------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Encoders, decoders, heads
-# ---------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 
 class MLP(nn.Sequential):
     """`layers` times Linear -> LayerNorm -> SiLU, then a plain Linear; zero_init makes it output 0 at first.
@@ -158,8 +160,9 @@ class ImageEncoder(nn.Sequential):
 
 
 class ImageDecoder(nn.Sequential):
-    """(N,inputs) -> (N,3,64,64), the encoder mirrored. With first_stride 4 each of 16x16 places paints its own 4x4
-    patch, a matrix product, since overlapping kernels of 8x8 would make this layer cost more than all others."""
+    """(N,inputs) -> (N,3,64,64), the encoder mirrored. With first_stride 4 each of 16x16 places paints its
+    own 4x4 patch, a matrix product, since overlapping kernels of 8x8 would make this layer cost more than all
+    others."""
 
     def __init__(self, inputs, depth, first_stride=2):
         strides = [2] * 4 if first_stride == 2 else [2, 2, 4]
@@ -176,9 +179,9 @@ class ImageDecoder(nn.Sequential):
             nn.init.zeros_(parameter)  # see WorldModel.centre
 
 
-# ---------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # The world model
-# ---------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 
 class State(NamedTuple):
     """One state of a world model, or (B,T) or (horizon,N) of them; every field has the same leading dimensions."""
@@ -202,9 +205,9 @@ class State(NamedTuple):
 class WorldModel(nn.Module):
     """S5WM for observations of `observation_shape`, (3,64,64) or (D,), and one-hot actions of `action_size` numbers.
 
-    stoch, classes: number of categoricals in z and their classes. hidden: H, the size of h and the features of the
-    S5 layers. state_size, s5_layers: P and the number of S5 layers. units, mlp_layers: the MLPs. depth, first_stride:
-    the CNN, where the observation is an image.
+    stoch, classes: number of categoricals in z and their classes. hidden: H, the size of h and the features
+    of the S5 layers. state_size, s5_layers: P and the number of S5 layers. units, mlp_layers: the MLPs.
+    depth, first_stride: the CNN, where the observation is an image.
     """
 
     def __init__(self, observation_shape, action_size, stoch=32, classes=32, hidden=256, state_size=128, s5_layers=8,
@@ -244,9 +247,10 @@ class WorldModel(nn.Module):
     def centre(self, observation):
         """Let the running mean of the observations follow a batch (B,T,...).
 
-        Encoder and decoder see only what differs from the mean, and the decoder starts at zero. Without this the first
-        thousand updates paint the static background, in which a ball of four pixels is lost: the encoder's output hardly
-        depends on the frame, z says nothing, so the decoder ignores it, so nothing teaches the encoder.
+        Encoder and decoder see only what differs from the mean, and the decoder starts at zero. Without this
+        the first thousand updates paint the static background, in which a ball of four pixels is lost: the
+        encoder's output hardly depends on the frame, z says nothing, so the decoder ignores it, so nothing
+        teaches the encoder.
         """
         self.batches += 1
         self.mean += torch.clamp(1 / self.batches, min=1e-3) * (observation.mean((0, 1)) - self.mean)
@@ -289,9 +293,9 @@ class WorldModel(nn.Module):
     def observe(self, observation, action, is_first):
         """All states of (B,T) observations in parallel. Returns (z, h, x, log_q, log_p), each (B,T,...).
 
-        action[:, t] is the one chosen *after* observation t, as the replay stores it; it is shifted here, once, so
-        that training sees the same a_{t-1} as acting and imagining do (the published code feeds a_t instead). At the
-        first step of an episode, and of the sequence, both inputs and the state are zero.
+        action[:, t] is the one chosen *after* observation t, as the replay stores it; it is shifted here,
+        once, so that training sees the same a_{t-1} as acting and imagining do (the published code feeds a_t
+        instead). At the first step of an episode, and of the sequence, both inputs and the state are zero.
         """
         B, T = is_first.shape
         log_q = self.posterior(observation.flatten(0, 1)).unflatten(0, (B, T))
@@ -339,9 +343,10 @@ class WorldModel(nn.Module):
     def imagine(self, start, policy, horizon):
         """Roll out `horizon` steps from N states, the prior in place of the eyes.
 
-        policy: State -> action (N,A). Returns the States s_0 ... s_horizon, (horizon+1, N, ...) with x left out, and the
-        actions a_0 ... a_{horizon-1}, (horizon, N, A). No gradient: the actor learns by REINFORCE, so nothing ever
-        flows through the dynamics, and storing 16 steps for a backward pass would be pure waste.
+        policy: State -> action (N,A). Returns the States s_0 ... s_horizon, (horizon+1, N, ...) with x left
+        out, and the actions a_0 ... a_{horizon-1}, (horizon, N, A). No gradient: the actor learns by
+        REINFORCE, so nothing ever flows through the dynamics, and storing 16 steps for a backward pass would
+        be pure waste.
         """
         discretised = self.s5.discretise()  # once a rollout, not once a step
         state, states, actions = start, [start], []
@@ -358,8 +363,8 @@ class WorldModel(nn.Module):
     def predict(self, observation, action, is_first, context=5):
         """Open loop: see `context` observations, then foresee the rest from the actions alone.
 
-        observation (B,T,...), action (B,T,A), is_first (B,T) -> decoded observations (B,T,...): reconstructions of
-        the first `context`, then the dream of the T - context that follow.
+        observation (B,T,...), action (B,T,A), is_first (B,T) -> decoded observations (B,T,...):
+        reconstructions of the first `context`, then the dream of the T - context that follow.
         """
         z, h, x, _, _ = self.observe(observation[:, :context], action[:, :context], is_first[:, :context])
         frames = [self.decode(z, h)]
