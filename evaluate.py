@@ -20,8 +20,8 @@ import torch
 
 from hierarchy import onehot
 from replay import Replay, etbs_cdf
-from train import (REFERENCE, Atari, Parser, UsageError, autocast, env_step, keep_freed_memory, load_checkpoint,
-                   make_agent, make_config, play, report, result)
+from train import (REFERENCE, Atari, Parser, UsageError, autocast, env_step, keep_freed_memory,
+                   load_checkpoint, make_agent, make_config, play, report, result)
 from world_model import sample_onehot, symexp
 
 SECOND = 15  # agent steps: 60 frames, 4 a step

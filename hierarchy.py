@@ -1,8 +1,7 @@
 """The hierarchy: what one level learns to do in its imagination, and how the levels share one life.
 
 Level 0 sees the game and plays it. Level i+1 sees the states of level i, acts k = 4 times more rarely, and
-its action is a *subgoal* for level i: a point in level i's own state space where it should go. One line an
-env step:
+its action is a *subgoal* for level i: a point in level i's own state space where it should go. Step by step:
 
     t        0  1  2  3  4  5  6  7  8 ... 16
     level 0  *  *  *  *  *  *  *  *  *      *      sees o_t, acts in the game
@@ -20,7 +19,7 @@ Symbols beside those of world_model.py:
     L, k       number of levels; a level ticks every k ticks of the level below
     N          states imagined from, or environments played, side by side
     g, g_h     (N,8*8) subgoal code, 8 one-hots of 8 classes; (N,H) the same decoded into the level's h-space
-    R          rewards of a level: extrinsic, subgoal (where there is a level above), novelty (where there is one below)
+    R          rewards of a level: extrinsic, subgoal (with a level above), novelty (with a level below)
 """
 
 import copy
@@ -37,9 +36,9 @@ from world_model import MLP, TwoHot, WorldModel, entropy, sample_onehot, straigh
 # ------------------------------------------------------------------------------------------------------------
 
 def cosine_max(goal, h):
-    """max(0, goal . h) / max(|goal|, |h|)^2 over the last dimension: 1 only where h *is* the goal (Director's max-cosine).
+    """max(0, goal . h) / max(|goal|, |h|)^2 over the last dimension: 1 only where h *is* the goal.
 
-    A plain cosine would be satisfied by the right direction at any length.
+    This is Director's max-cosine. A plain cosine would be satisfied by the right direction at any length.
     """
     longer = torch.maximum(goal.square().sum(-1), h.square().sum(-1))
     return (goal * h).sum(-1).clamp(min=0) / longer.clamp(min=1e-8)
@@ -58,7 +57,7 @@ def lambda_return(reward, discount, value, lam):
 
 
 class ReturnNormaliser(nn.Module):
-    """Scale of each reward's returns: a running mean of their 5-95 percentile range, never below `floors` (R,).
+    """Scale of each reward's returns: a running mean of their 5-95 percentile range, at least `floors` (R,).
 
     Without a floor, returns that are all alike would have their noise blown up to full size.
     """
@@ -75,8 +74,7 @@ class ReturnNormaliser(nn.Module):
         """(..., R) returns of this update -> (R,) scale to divide by."""
         low, high = torch.quantile(returns.flatten(0, -2), self.percentiles, 0)
         self.updates += 1
-        # A plain mean at first, so that the initial zero is forgotten at once and not over 1/(1 - decay)
-        # updates.
+        # A plain mean at first: the initial zero is forgotten at once and not over 1/(1 - decay) updates.
         share = torch.clamp(1 / self.updates, min=1 - self.decay)
         self.range += share * (high - low - self.range)
         return torch.maximum(self.range, self.floors)
@@ -105,7 +103,7 @@ class SubgoalAutoencoder(nn.Module):
         return self.decoder(code).float()
 
     def loss(self, h):
-        """(loss, novelty (...)): squared error + 0.5 KL(code || uniform), mean over states; mean squared error of each."""
+        """(mean squared error + 0.5 KL(code || uniform), novelty (...): mean squared error of each state)."""
         log_q = unimix(self.encoder(h).float().unflatten(-1, self.code_shape))
         error = (self.decode(straight_through(log_q).flatten(-2)) - h).square()
         # KL to the uniform distribution = its entropy minus ours. It keeps all codes in use, so that whatever
@@ -115,7 +113,7 @@ class SubgoalAutoencoder(nn.Module):
 
 
 class Actor(nn.Module):
-    """A policy of n independent categoricals of `classes`: (1, game actions) at level 0, the code's (8, 8) above."""
+    """A policy of n independent categoricals of `classes`: (1, game actions) at level 0, (8, 8) above."""
 
     def __init__(self, inputs, action_shape, units, mlp_layers):
         super().__init__()
@@ -128,7 +126,7 @@ class Actor(nn.Module):
 
 
 class Critics(nn.Module):
-    """One two-hot critic a reward: one network could not tell a step towards the subgoal from a step towards the score."""
+    """One two-hot critic a reward: one alone could not tell steps to the subgoal from steps to the score."""
 
     def __init__(self, inputs, rewards, units, mlp_layers):
         super().__init__()
@@ -142,7 +140,7 @@ class Critics(nn.Module):
 
 
 class Optimiser:
-    """Adam with the gradient norm clipped; `step` returns the norm. No weight decay (the published code's AdamW has)."""
+    """Adam with clipped gradient norm, which `step` returns. No weight decay (the published AdamW has it)."""
 
     def __init__(self, module, lr, eps, clip):
         self.parameters, self.clip = list(module.parameters()), clip
@@ -167,7 +165,7 @@ def onehot(index, classes, first=0):
 # ------------------------------------------------------------------------------------------------------------
 
 class Level(nn.Module):
-    """World model, subgoal autoencoder, actor and critics of one level, and how they learn from a replay batch.
+    """World model, subgoal autoencoder, actor, critics of one level, and how they learn from a replay batch.
 
     observation_shape: as for WorldModel. action_shape, subgoal_shape: (categoricals, classes) of the action
     and of the subgoal that it is given; (0, 8) at the top, where no one gives any; code_shape: of every
@@ -176,13 +174,13 @@ class Level(nn.Module):
     """
 
     # Returns of the game are worth their own noise only from about one point on; those of the other two
-    # rewards live on far smaller scales (one step gives at most 1, or an error of h near 0.01), so a floor of
-    # 1 would mute them.
+    # rewards live on far smaller scales (one step gives at most 1, or an error of h near 0.01): a floor of 1
+    # would mute them.
     FLOORS = {"extrinsic": 1.0, "subgoal": 0.1, "novelty": 0.01}
 
     def __init__(self, observation_shape, action_shape, subgoal_shape, code_shape, rewards, model, horizon=16,
-                 starts=1024, gamma=0.997, lam=0.95, entropy_scale=3e-4, slow=0.02, model_lr=1e-4, actor_lr=3e-5,
-                 critic_lr=3e-5, autoencoder_lr=1e-4):
+                 starts=1024, gamma=0.997, lam=0.95, entropy_scale=3e-4, slow=0.02, model_lr=1e-4,
+                 actor_lr=3e-5, critic_lr=3e-5, autoencoder_lr=1e-4):
         super().__init__()
         self.action_shape, self.subgoal_shape, self.rewards = action_shape, subgoal_shape, rewards
         self.horizon, self.starts, self.gamma, self.lam = horizon, starts, gamma, lam
@@ -210,7 +208,8 @@ class Level(nn.Module):
         if "observation" in batch:  # level 0: an image as bytes, channels last, or a vector
             o = batch["observation"]
             return o.movedim(-1, -3) / 255 - 0.5 if o.dtype == torch.uint8 else o
-        z = onehot(batch["z"], self.world_model.z_shape[1], first=1).flatten(-2)  # number 0: there was no state yet
+        # Number 0, where there was no state yet, becomes zeros.
+        z = onehot(batch["z"], self.world_model.z_shape[1], first=1).flatten(-2)
         return torch.cat([z, batch["h"]], -1).flatten(-2)
 
     def update(self, batch):
@@ -222,8 +221,8 @@ class Level(nn.Module):
         subgoal = onehot(batch["subgoal"], self.subgoal_shape[1]).flatten(-2)
 
         # 1. The world model, on real sequences.
-        loss, states, metrics = self.world_model.loss(self.dense(batch), action, batch["reward"], batch["is_first"],
-                                                      batch["is_terminal"])
+        loss, states, metrics = self.world_model.loss(self.dense(batch), action, batch["reward"],
+                                                      batch["is_first"], batch["is_terminal"])
         metrics["model/grad_norm"] = self.optimisers["model"].step(loss)
 
         # 2. Imagine from the states of the batch, each with the subgoal that was held there. Nothing comes
@@ -233,7 +232,8 @@ class Level(nn.Module):
         if self.starts < len(alive):
             pick = torch.randperm(len(alive), device=alive.device)[:self.starts]
             states, subgoal, alive = states.map(lambda field: field[pick]), subgoal[pick], alive[pick]
-        states, actions = self.world_model.imagine(states, lambda state: self.policy(state, subgoal), self.horizon)
+        states, actions = self.world_model.imagine(states, lambda state: self.policy(state, subgoal),
+                                                   self.horizon)
 
         # 3. Rewards of the states 1 ... horizon; the autoencoder learns on the way.
         reward = {"extrinsic": states.reward[1:]}
@@ -252,7 +252,7 @@ class Level(nn.Module):
         return metrics
 
     def _behave(self, feature, actions, reward, discount, alive):
-        """REINFORCE and the critics on imagined rollouts: feature (horizon+1,N,F), the rest (horizon,N,...)."""
+        """REINFORCE and critics on imagined rollouts: feature (horizon+1,N,F), the rest (horizon,N,...)."""
         twohot = self.critics.twohot
         logits = self.critics(feature)  # (horizon+1, N, R, bins): evaluated once, with gradients
         with torch.no_grad():
@@ -270,8 +270,8 @@ class Level(nn.Module):
         policy_entropy = entropy(log_p)
         actor_loss = -(weight * (log_prob * advantage + self.entropy_scale * policy_entropy)).mean()
         # The slow copy holds the critic back, or it would chase its own bootstrapped predictions.
-        critic_loss = twohot.loss(logits[:-1], returns) + twohot.loss(logits[:-1], slow_value)  # (horizon, N, R)
-        critic_loss = (weight[..., None] * critic_loss).mean((0, 1))
+        critic_loss = twohot.loss(logits[:-1], returns) + twohot.loss(logits[:-1], slow_value)
+        critic_loss = (weight[..., None] * critic_loss).mean((0, 1))  # (horizon, N, R) -> (R,)
 
         metrics = {"actor/loss": actor_loss.detach(), "actor/entropy": policy_entropy.detach().mean(),
                    "actor/advantage_std": advantage.std(),
@@ -315,14 +315,13 @@ class Hieros(nn.Module):
                 "action": (level.action_shape[:1], np.uint8), "subgoal": (level.subgoal_shape[:1], np.uint8),
                 "reward": ((), np.float32), "is_first": ((), np.bool_), "is_last": ((), np.bool_),
                 "is_terminal": ((), np.bool_)})
-            # What the next level sees of this one: k states [z, symlog h]. The replay keeps z as class
-            # numbers.
+            # What the next level sees of this one: k states [z, symlog h]. The replay keeps z's classes.
             stoch, classes = level.world_model.z_shape
             shape = (k * (stoch * classes + level.world_model.hidden),)
             stored = {"z": ((k, stoch), np.uint8), "h": ((k, level.world_model.hidden), np.float32)}
 
     def initial_memory(self, n):
-        """The acting state of n environments: what `act` takes and returns. Holds no weights, knows no training."""
+        """The acting state of n environments: what `act` takes and returns. No weights, no training in it."""
         memory = {"t": np.full(n, -1), "levels": []}
         for level in self.levels:
             device = level.weights.device
@@ -330,7 +329,7 @@ class Hieros(nn.Module):
             size = z[0].numel() + level.world_model.hidden
             memory["levels"].append({
                 "x": x, "z": z, "action": torch.zeros(n, level.world_model.action_size, device=device),
-                "recent": torch.zeros(n, self.k, size, device=device),  # the last k states [z, symlog h], oldest first
+                "recent": torch.zeros(n, self.k, size, device=device),  # k states [z, symlog h], oldest first
                 "subgoal": torch.zeros(n, level.subgoal_shape[0] * level.subgoal_shape[1], device=device),
                 "reward": np.zeros(n, np.float32)})  # env rewards since the last tick
         return memory
@@ -345,8 +344,8 @@ class Hieros(nn.Module):
         would be lost otherwise.
 
         Returns the new memory, the game action (n,), and a list of ticks from level 0 upwards: for each level
-        that ticked {name: (rows, ...)}, all that its replay stores, the State, and the rows of the n that it
-        concerns.
+        that ticked {name: (rows, ...)}, all that its replay stores, the State, and the rows of the n that
+        ticked.
         """
         t = np.where(is_first, 0, memory["t"] + 1)
         new = {"t": t, "levels": [dict(level) for level in memory["levels"]]}
@@ -381,8 +380,7 @@ class Hieros(nn.Module):
             own["reward"][rows] = 0
             ticks.append(tick)
 
-        # Top-down: each ticking level chooses; the level below, which ticks whenever this one does, holds the
-        # choice.
+        # Top-down: each ticking level chooses; the one below, which ticks whenever it does, holds the choice.
         for i in reversed(range(len(ticks))):
             own, tick = new["levels"][i], ticks[i]
             tick["subgoal"] = own["subgoal"][tick["index"]]
@@ -395,7 +393,8 @@ class Hieros(nn.Module):
 
     def transition(self, i, tick):
         """One tick of level i, of a single environment, as the step that its replay stores: {name: array}."""
-        level, step = self.levels[i], {name: tick[name] for name in ("reward", "is_first", "is_last", "is_terminal")}
+        level = self.levels[i]
+        step = {name: tick[name] for name in ("reward", "is_first", "is_last", "is_terminal")}
         for name, shape in (("action", level.action_shape), ("subgoal", level.subgoal_shape)):
             step[name] = tick[name].unflatten(-1, shape).argmax(-1).cpu().numpy()
         if i == 0:
@@ -404,7 +403,8 @@ class Hieros(nn.Module):
             stoch, classes = self.levels[i - 1].world_model.z_shape
             z, h = tick["recent"].split([stoch * classes, self.levels[i - 1].world_model.hidden], -1)
             numbers = torch.arange(1, classes + 1, device=z.device, dtype=z.dtype)
-            step["z"] = (z.unflatten(-1, (stoch, classes)) @ numbers).cpu().numpy()  # a z of zeros becomes number 0
+            # A z of zeros becomes number 0.
+            step["z"] = (z.unflatten(-1, (stoch, classes)) @ numbers).cpu().numpy()
             step["h"] = h.cpu().numpy()
         return {name: value[0] for name, value in step.items()}
 
@@ -427,8 +427,10 @@ if __name__ == "__main__":  # a demonstration: one episode of 18 steps in the li
     torch.manual_seed(0)
     agent = small()
     memory, last = agent.initial_memory(1), 18
-    print("reward 1 a step, the episode ends at t = 18.  Each tick: reward since the last one, states seen (1) or not"
-          " yet (0)\n   t   " + "".join(f"{f'level {i}':>18}" for i in range(3)) + "   first number of each held subgoal")
+    print("reward 1 a step, the episode ends at t = 18.  "
+          "Each tick: reward since the last one, states seen (1) or not yet (0)")
+    titles = "".join(f"{f'level {i}':>18}" for i in range(3))
+    print("   t   " + titles + "   first number of each held subgoal")
     for t in range(last + 1):
         flags = [np.array([flag]) for flag in (t == 0, t == last, t == last)]
         memory, _, ticks = agent.act(memory, np.zeros((1, 4), np.float32), np.float32([t > 0]), *flags)
@@ -438,4 +440,5 @@ if __name__ == "__main__":  # a demonstration: one episode of 18 steps in the li
             seen = "".join(str(int(z.any())) for z in step["z"]) if i else "o_t"
             cells.append("r=%d sees %s" % (step["reward"], seen))
         held = [int(own["subgoal"][0, :8].argmax()) for own in memory["levels"][:2]]
-        print(f"{t:4d}   " + "".join(f"{cell:>18}" for cell in cells + [""] * (3 - len(cells))) + f"   {held}")
+        cells += [""] * (3 - len(cells))
+        print(f"{t:4d}   " + "".join(f"{cell:>18}" for cell in cells) + f"   {held}")

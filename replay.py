@@ -12,8 +12,7 @@ temperature tau that leads from uniform (0) to all of that (1):
     u ~ U(0,1)        position = tau u (1 - ln u) + (1 - tau) u        index = floor(position n)
 
 Here n is the number of start positions held *now*, and index 0 is the oldest of them. (The published code
-divides by the capacity instead of the fill, so that it draws almost uniformly; and it has ETBS switched off
-by default.)
+divides by the capacity instead of the fill, so it draws almost uniformly; by default its ETBS is off.)
 
 Symbols: T steps in a sequence, B sequences in a batch.
 """
@@ -71,7 +70,7 @@ class Replay:
         if not self.starts:
             raise ValueError(f"the replay holds {len(self)} steps, a sequence needs {self.length}")
         oldest = self.total - len(self)
-        index = oldest + self.draw(batch_size)[:, None] + np.arange(self.length)  # counted since the beginning
+        index = oldest + self.draw(batch_size)[:, None] + np.arange(self.length)  # counted from the first
         index %= self.capacity
         return {name: array.take(index, 0) for name, array in self.arrays.items()}
 
@@ -92,7 +91,7 @@ class Replay:
         self.saved = self.total
 
     def prune(self, folder):
-        """Delete the files whose steps have all left the ring, once the checkpoint that replaced them is safe."""
+        """Delete the files whose steps have all left the ring, once the new checkpoint is safe."""
         for path, _, stop in self._files(folder):
             if stop <= self.saved - self.capacity:
                 path.unlink()
@@ -117,7 +116,8 @@ class Replay:
                     array[np.arange(self.total, stop) % self.capacity] = file[name][self.total - start:]
             self.total = self.saved = stop
         if self.total != total:
-            raise ValueError(f"{folder} holds the replay up to step {self.total}, the checkpoint needs {total}")
+            raise ValueError(f"{folder} holds the replay up to step {self.total},"
+                             f" the checkpoint needs {total}")
 
     @staticmethod
     def _files(folder):
@@ -127,7 +127,7 @@ class Replay:
             yield path, start, stop
 
 
-if __name__ == "__main__":  # a demonstration: how often each tenth of all experience has been drawn in the end
+if __name__ == "__main__":  # a demonstration: how often each tenth of all experience is drawn in the end
     steps = 20000
     print(f"draws of each tenth of {steps} steps, oldest first, one draw a step (1.00 = its fair share)\n")
     for tau in (0.0, 0.3, 1.0):
@@ -137,5 +137,6 @@ if __name__ == "__main__":  # a demonstration: how often each tenth of all exper
             replay.add({"t": t})
             counts[replay.sample(1)["t"]] += 1
         tenths = counts.reshape(10, -1).sum(1) / (steps / 10)
-        print(f"tau {tau}:  " + "  ".join(f"{share:.2f}" for share in tenths) + ("   uniform" if not tau else ""))
+        note = "" if tau else "   uniform"
+        print(f"tau {tau}:  " + "  ".join(f"{share:.2f}" for share in tenths) + note)
     print(f"\nuniform, in theory, for the first tenth: 1 + ln 10 = {1 + math.log(10):.2f}")

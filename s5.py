@@ -10,7 +10,7 @@ arXiv 2303.03982). Read this file first, then world_model.py.
 
 Symbols (the same in every file):
     B, T             batch of sequences, time steps in a sequence
-    H, P             features of a layer, size of its state; P/2 complex numbers are stored, one of each conjugate pair
+    H, P             features of a layer, size of its state; P/2 complex numbers are stored, one a pair
     u, x, y          (B,T,H) input, (B,T,P/2) complex state, (B,T,H) output
     Lambda, Delta    (P/2,) complex eigenvalues of the continuous system, (P/2,) step size
     B_tilde, C_tilde (P/2,H), (H,P/2) complex input and output matrices;  D (H,) skip connection
@@ -29,7 +29,7 @@ from torch import nn
 # ------------------------------------------------------------------------------------------------------------
 
 def scan_sequential(a, b):
-    """What `scan` computes, one step after the other: x_t = a_t x_{t-1} + b_t with x_{-1} = 0. All (B,T,...)."""
+    """What `scan` computes, step after step: x_t = a_t x_{t-1} + b_t with x_{-1} = 0. All (B,T,...)."""
     x, states = torch.zeros_like(b[:, 0]), []
     for t in range(b.shape[1]):
         x = a[:, t] * x + b[:, t]
@@ -84,7 +84,7 @@ class _Scan(torch.autograd.Function):
 def scan(a, b):
     """All states of x_t = a_t x_{t-1} + b_t with x_{-1} = 0, in parallel over time.
 
-    a, b: (B,T,...) of one shape and dtype, real or complex. Returns x of that shape. Raises ValueError otherwise.
+    a, b: (B,T,...) of one shape and dtype, real or complex, else ValueError. Returns x of that shape.
     """
     if a.shape != b.shape:
         raise ValueError(f"scan needs a and b of one shape, got {tuple(a.shape)} and {tuple(b.shape)}")
@@ -136,12 +136,13 @@ class S5Layer(nn.Module):
         # Re(Lambda) = -exp(log_decay) < 0 by construction: no optimiser step can make the recurrence explode.
         self.log_decay = nn.Parameter(torch.log(-Lambda.real).float())  # (P/2,)
         self.frequency = nn.Parameter(Lambda.imag.float())  # (P/2,)
-        self.log_Delta = nn.Parameter(torch.empty(state_size // 2).uniform_(math.log(dt_min), math.log(dt_max)))
-        # u is real, so B_tilde u is one real matmul to interleaved [Re, Im]; and since Re(c x) = Re c Re x -
-        # Im c Im x, 2 Re(C_tilde x) is one real matmul back, its matrix interleaving [2 Re c, -2 Im c]. That
-        # is half the work of complex matmuls, u is never cast, and the parameters are real, as optimisers and
-        # file formats like them.
-        B_tilde, C_tilde = V.mH @ B.to(V.dtype), C.to(V.dtype) @ V  # V is unitary: V^-1 is its conjugate transpose
+        log_min, log_max = math.log(dt_min), math.log(dt_max)
+        self.log_Delta = nn.Parameter(torch.empty(state_size // 2).uniform_(log_min, log_max))
+        # u is real, so B_tilde u is one real matmul to interleaved [Re, Im]; and since
+        # Re(c x) = Re c Re x - Im c Im x, 2 Re(C_tilde x) is one real matmul back, its matrix interleaving
+        # [2 Re c, -2 Im c]. That is half the work of complex matmuls, u is never cast, and the parameters are
+        # real, as optimisers and file formats like them. V is unitary: V^-1 is its conjugate transpose.
+        B_tilde, C_tilde = V.mH @ B.to(V.dtype), C.to(V.dtype) @ V
         # With B_tilde as in S5, white input drives the state to a standard deviation of sqrt(Delta), 0.03 to
         # 0.3, and whatever reads the state sees almost nothing at first. Divide that out: unit variance at
         # any step size.
@@ -171,7 +172,7 @@ class S5Layer(nn.Module):
         return F.linear(real_view(x), self.C) + self.D * u
 
     def forward(self, u, state, reset):
-        """A whole sequence in parallel. u: (B,T,H); state: (B,P/2) complex, before the first step; reset: (B,T) bool.
+        """A whole sequence in parallel. u: (B,T,H); state before it: (B,P/2) complex; reset: (B,T) bool.
 
         Where reset is true the state forgets everything before that step. That needs no third element in the
         scan's operator (as in Lu et al. 2023): with a_t = 0 nothing earlier reaches x_t, in values or in
@@ -180,7 +181,8 @@ class S5Layer(nn.Module):
         B, T, H = u.shape
         if H != len(self.D) or state.shape != (B, len(self.log_decay)) or reset.shape != (B, T):
             raise ValueError(f"S5Layer of H={len(self.D)}, P/2={len(self.log_decay)} got u {tuple(u.shape)}, "
-                             f"state {tuple(state.shape)}, reset {tuple(reset.shape)}; expected (B,T,H), (B,P/2), (B,T)")
+                             f"state {tuple(state.shape)}, reset {tuple(reset.shape)}; "
+                             "expected (B,T,H), (B,P/2), (B,T)")
         Lambda_bar, scale = self.discretise()
         a = Lambda_bar * (~reset)[..., None]  # (B, T, P/2)
         b = self._drive(u, scale)
@@ -190,7 +192,7 @@ class S5Layer(nn.Module):
         return self._read(x, u), x
 
     def step(self, u, state, discretised=None):
-        """One step. u: (B,H); state: (B,P/2) complex; discretised: what `discretise` returned, if it is at hand.
+        """One step. u: (B,H); state: (B,P/2) complex; discretised: what `discretise` returned, if at hand.
 
         Returns y (B,H) and the next state (B,P/2). To forget, pass a state of zeros.
         """
@@ -227,7 +229,7 @@ class S5Block(nn.Module):
 
 
 class S5Stack(nn.Module):
-    """Several S5Blocks. Its state is (B, layers, P/2) complex: every layer's, which is what h is read from."""
+    """Several S5Blocks. Its state is (B, layers, P/2) complex: every layer's, from which h is read."""
 
     def __init__(self, features, state_size, layers):
         super().__init__()
@@ -274,7 +276,8 @@ if __name__ == "__main__":  # a demonstration: parallel = recurrent, and what le
         y_t, state = stack.step(u[:, t], state)
         assert torch.allclose(y_t, y[:, t], atol=1e-4)
     print(f"parallel = recurrent over 64 steps with {int(reset.sum())} resets (last difference "
-          f"{(y_t - y[:, -1]).abs().max():.1e})\n\nforward + backward, one sequence, 128 features, milliseconds:")
+          f"{(y_t - y[:, -1]).abs().max():.1e})")
+    print("\nforward + backward, one sequence, 128 features, milliseconds:")
     print(f"{'T':>6} {'S5, 2 layers':>14} {'GRU, 2 layers':>14} {'attention, 2 layers':>20}")
     gru = nn.GRU(128, 128, 2, batch_first=True)
     attention = nn.ModuleList(nn.MultiheadAttention(128, 4, batch_first=True) for _ in range(2))

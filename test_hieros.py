@@ -1,4 +1,4 @@
-"""The claims of this project, each as a test: `pytest test_hieros.py`. One group a module; docstrings name the claims."""
+"""The claims of this project, each a test: `pytest test_hieros.py`. A group a module; docstrings say what."""
 
 import dataclasses
 import itertools
@@ -19,12 +19,12 @@ import torch.nn.functional as F
 
 import evaluate
 import train
-from hierarchy import (Actor, Level, Optimiser, ReturnNormaliser, SubgoalAutoencoder, cosine_max, lambda_return, onehot,
-                       small)
+from hierarchy import (Actor, Level, Optimiser, ReturnNormaliser, SubgoalAutoencoder, cosine_max,
+                       lambda_return, onehot, small)
 from replay import Replay, etbs_cdf
 from s5 import S5Block, S5Layer, S5Stack, hippo_n, scan, scan_sequential
-from world_model import (ImageDecoder, ImageEncoder, TwoHot, WorldModel, entropy, kl, kl_balance, sample_onehot,
-                         straight_through, symexp, symlog, unimix)
+from world_model import (ImageDecoder, ImageEncoder, TwoHot, WorldModel, entropy, kl, kl_balance,
+                         sample_onehot, straight_through, symexp, symlog, unimix)
 
 
 @pytest.fixture(autouse=True)
@@ -64,7 +64,7 @@ def test_parallel_scan_is_the_sequential_one(T):
 
 @pytest.mark.parametrize("T", [1, 2, 7, 64])
 def test_block_in_parallel_is_the_block_step_by_step(T):
-    """Training and acting run the same function: values, states and all gradients agree, with resets and any start."""
+    """Training and acting run the same function: values, states, gradients agree; with resets, any start."""
     block, u, weight = S5Block(12, 16), torch.randn(3, T, 12), torch.randn(3, T, 12)
     state, reset = random_complex(3, 8), some_resets(3, T)
 
@@ -126,7 +126,8 @@ def test_hippo_eigenvalues_rebuild_the_matrix():
 def test_state_starts_on_unit_scale():
     """White input of unit variance drives the states to a variance near one, whatever their step sizes."""
     layer = S5Layer(64, 64)
-    _, x = layer(torch.randn(8, 4000, 64), torch.zeros(8, 32, dtype=torch.cfloat), torch.zeros(8, 4000, dtype=torch.bool))
+    state, reset = torch.zeros(8, 32, dtype=torch.cfloat), torch.zeros(8, 4000, dtype=torch.bool)
+    _, x = layer(torch.randn(8, 4000, 64), state, reset)
     spread = x[:, 2000:].abs().square().mean((0, 1)).detach()
     assert 0.7 < spread.median() < 1.4 and spread.max() < 2
 
@@ -135,7 +136,8 @@ def test_shapes_that_do_not_fit_name_both():
     """A wrong shape is a ValueError that says what came and what was expected."""
     layer = S5Layer(4, 16)
     good = torch.zeros(2, 3, 4), torch.zeros(2, 8, dtype=torch.cfloat), torch.zeros(2, 3, dtype=torch.bool)
-    for i, wrong in enumerate([torch.zeros(2, 3, 5), torch.zeros(2, 7, dtype=torch.cfloat), torch.zeros(2, 4).bool()]):
+    bad = torch.zeros(2, 3, 5), torch.zeros(2, 7, dtype=torch.cfloat), torch.zeros(2, 4, dtype=torch.bool)
+    for i, wrong in enumerate(bad):
         with pytest.raises(ValueError, match=re.escape(str(tuple(wrong.shape)))):
             layer(*good[:i], wrong, *good[i + 1:])
     with pytest.raises(ValueError, match=r"\(1, 2, 3\) and \(1, 2, 4\)"):
@@ -148,7 +150,8 @@ def test_shapes_that_do_not_fit_name_both():
 # world_model.py
 # ------------------------------------------------------------------------------------------------------------
 
-TINY = dict(stoch=4, classes=8, hidden=32, state_size=16, s5_layers=2, units=32, mlp_layers=1, depth=4, first_stride=4)
+TINY = dict(stoch=4, classes=8, hidden=32, state_size=16, s5_layers=2, units=32, mlp_layers=1, depth=4,
+            first_stride=4)
 
 
 def first_flags(B, T, *steps):
@@ -195,7 +198,7 @@ def test_straight_through_has_the_gradient_of_the_probabilities():
 def test_kl_balance_and_its_stop_gradients():
     """The prior gets 0.5 of the KL's gradient, the posterior 0.1, and below one nat neither gets any."""
     for scale, pulls in ((3.0, True), (0.01, False)):
-        q, p = (scale * torch.randn(1, 6, 8)).requires_grad_(), (scale * torch.randn(1, 6, 8)).requires_grad_()
+        q, p = ((scale * torch.randn(1, 6, 8)).requires_grad_() for _ in range(2))
         exact_q, exact_p = torch.autograd.grad(kl(unimix(q), unimix(p)).sum(), (q, p))
         loss, divergence = kl_balance(unimix(q), unimix(p))
         grad_q, grad_p = torch.autograd.grad(loss.sum(), (q, p))
@@ -205,22 +208,22 @@ def test_kl_balance_and_its_stop_gradients():
 
 
 def test_training_acting_and_imagining_share_one_alignment():
-    """`observe` (parallel) and `advance` (recurrent) reach the same h from a_{t-1}, over an episode's start too."""
+    """`observe` (parallel) and `advance` (recurrent) reach the same h from a_{t-1}, also over a reset."""
     model, T = WorldModel((6,), 3, **TINY), 12
     observation, action = torch.rand(2, T, 6), F.one_hot(torch.randint(3, (2, T)), 3).float()
     is_first = first_flags(2, T, 0, 7)
     z, h, x_all, _, log_p = model.observe(observation, action, is_first)
     x, z_before, a_before = *model.initial(2, "cpu"), torch.zeros(2, 3)
     for t in range(T):
-        keep = (~is_first[:, t]).float()
-        m, x, h_t = model.advance(x * keep[:, None, None], z_before * keep[:, None, None], a_before * keep[:, None])
+        keep = (~is_first[:, t]).float()[:, None]
+        m, x, h_t = model.advance(x * keep[..., None], z_before * keep[..., None], a_before * keep)
         assert torch.allclose(h_t, h[:, t], atol=1e-5) and torch.allclose(x, x_all[:, t], atol=1e-4)
         assert torch.allclose(model.prior(m), log_p[:, t], atol=1e-4)
         z_before, a_before = z[:, t], action[:, t]
 
 
 def test_imagination_starts_where_observation_ends():
-    """The first imagined state is the start state, the second one follows from its z and the chosen action."""
+    """The first imagined state is the start state, the second follows from its z and the chosen action."""
     model = WorldModel((6,), 3, **TINY)
     batch = torch.rand(2, 5, 6), F.one_hot(torch.randint(3, (2, 5)), 3).float(), torch.zeros(2, 5)
     _, states, _ = model.loss(*batch, first_flags(2, 5, 0), torch.zeros(2, 5).bool())
@@ -234,7 +237,7 @@ def test_imagination_starts_where_observation_ends():
 
 
 def jump_batch(n, T=12, size=8):
-    """A dot on a ring jumps as far as the action says: 8 actions, so that ignoring them costs more than the free nat."""
+    """A dot on a ring jumps as far as the action says: of 8, so ignoring it costs more than the free nat."""
     action = torch.randint(size, (n, T))
     position = torch.cat([torch.randint(size, (n, 1)), action[:, :-1]], 1).cumsum(1) % size
     return F.one_hot(position, size).float(), F.one_hot(action, size).float(), first_flags(n, T, 0)
@@ -285,7 +288,7 @@ def test_image_networks_mirror_each_other(first_stride):
 
 
 def test_world_model_overfits_one_batch_of_images():
-    """Every head can learn: on one batch of images with rewards and ends all losses fall to nearly nothing."""
+    """Every head can learn: on one batch of images, rewards and ends all losses fall to nearly nothing."""
     model = WorldModel((3, 64, 64), 3, **TINY | dict(units=64, hidden=64, depth=16))
     image = torch.rand(2, 8, 3, 4, 4).repeat_interleave(16, -1).repeat_interleave(16, -2) - 0.5
     action = F.one_hot(torch.randint(3, (2, 8)), 3).float()
@@ -332,7 +335,7 @@ def test_lambda_return_by_brute_force():
 
 
 def test_normaliser_follows_the_percentiles_down_to_its_floor():
-    """Returns are divided by their 5-95 percentile range, averaged over updates, and never by less than the floor."""
+    """Returns are divided by their mean 5-95 percentile range over updates, never by less than the floor."""
     normaliser = ReturnNormaliser([1.0, 0.1])
     returns = torch.stack([torch.linspace(0, 200, 1001), torch.linspace(0, 1e-3, 1001)], -1)[None]
     assert torch.allclose(normaliser(returns), torch.tensor([180.0, 0.1]), rtol=1e-3)
@@ -379,14 +382,15 @@ def life(agent, lengths, terminal=True, reward=lambda t: float(t), seed=0):
     for episode, length in enumerate(lengths):
         for t in range(length + 1):
             flags = [np.array([flag]) for flag in (t == 0, t == length, terminal and t == length)]
-            memory, _, ticks = agent.act(memory, rng.random((1, 4), np.float32), np.float32([reward(t) * (t > 0)]), *flags)
+            observation, received = rng.random((1, 4), np.float32), np.float32([reward(t) * (t > 0)])
+            memory, _, ticks = agent.act(memory, observation, received, *flags)
             for i, tick in enumerate(ticks):
                 stored[i].append((episode, t, agent.transition(i, tick), tick))
     return stored
 
 
 def test_levels_tick_on_the_grid_and_at_the_end():
-    """Level i ticks at t = 0, k^i, 2 k^i, ... of every episode and at its last step, and starts afresh after it."""
+    """Level i ticks at t = 0, k^i, 2 k^i, ... of every episode and at its end, and starts afresh after it."""
     lengths = [37, 1, 16, 3]
     stored = life(small(), lengths)
     for i, steps in enumerate(stored):
@@ -422,7 +426,7 @@ def test_a_level_sees_the_last_states_below_it_up_to_now():
 
 
 def test_subgoals_are_held_until_the_level_above_ticks_again():
-    """The subgoal stored at each step is the newest action of the level above, chosen at this very tick or before."""
+    """The subgoal stored at each step is the newest action of the level above, of this tick or before."""
     stored = life(small(), [37])
     for below, above in zip(stored, stored[1:]):
         for _, t, step, _ in below:
@@ -438,7 +442,7 @@ def test_truncation_is_not_termination():
 
 
 def test_the_replayed_observation_is_what_was_seen():
-    """What the replay stores as class numbers becomes, bit for bit, what the level's world model saw when acting."""
+    """What the replay stores as class numbers becomes, bit for bit, what the world model saw when acting."""
     agent = small()
     for i, steps in enumerate(life(agent, [9])):
         for _, _, step, tick in steps:
@@ -451,15 +455,16 @@ def test_acting_leaves_the_memory_it_was_given_alone():
     """`act` is a function of its arguments: evaluation between two steps cannot disturb training."""
     agent = small()
     memory = agent.initial_memory(1)
-    arguments = np.ones((1, 4), np.float32), np.float32([0]), *(np.array([flag]) for flag in (False, False, False))
+    arguments = np.ones((1, 4), np.float32), np.float32([0]), *(np.array([False]) for _ in range(3))
     outcomes = []
     for _ in range(2):
         torch.manual_seed(5)
         new, action, _ = agent.act(memory, *arguments)
         outcomes.append((new, action))
     assert memory["t"] == -1 and all((level["x"] == 0).all() for level in memory["levels"])
-    assert all(torch.equal(a["x"], b["x"]) for a, b in zip(outcomes[0][0]["levels"], outcomes[1][0]["levels"]))
-    assert (outcomes[0][0]["levels"][0]["x"] != 0).any()
+    first, second = (new["levels"] for new, _ in outcomes)
+    assert all(torch.equal(a["x"], b["x"]) for a, b in zip(first, second))
+    assert (first[0]["x"] != 0).any()
 
 
 def test_environments_side_by_side_do_not_mix():
@@ -467,8 +472,8 @@ def test_environments_side_by_side_do_not_mix():
     agent, n = small(), 3
     memory, lengths, t = agent.initial_memory(n), np.array([5, 7, 16]), np.zeros(3, int)
     for _ in range(40):
-        memory, _, ticks = agent.act(memory, np.zeros((n, 4), np.float32), np.float32(t > 0), t == 0, t == lengths,
-                                     t == lengths)
+        memory, _, ticks = agent.act(memory, np.zeros((n, 4), np.float32), np.float32(t > 0), t == 0,
+                                     t == lengths, t == lengths)
         for i, tick in enumerate(ticks):
             assert set(tick["rows"]) == set(np.flatnonzero((t % 4 ** i == 0) | (t == lengths)))
             since = np.where(t % 4 ** i == 0, np.minimum(t, 4 ** i), t % 4 ** i)
@@ -491,8 +496,7 @@ def batch_of(agent, i, B=3, T=8, device="cpu"):
 @pytest.mark.parametrize("levels", [1, 3])
 def test_an_update_changes_every_parameter_and_nothing_is_on_the_wrong_device(levels):
     """One update trains all networks of a level; on the meta device, where any tensor made elsewhere and any
-    peek at a value is an error, the same update runs through: so it neither mixes devices nor waits for
-    one."""
+    peek at a value is an error, the same update runs through: it neither mixes devices nor waits for one."""
     shape = (64, 64, 3)
     agent = small(levels, shape, actor_lr=1e-2)  # at 3e-5 two steps vanish in rounding
     with torch.device("meta"):
@@ -510,7 +514,7 @@ def test_an_update_changes_every_parameter_and_nothing_is_on_the_wrong_device(le
 
 
 def test_bfloat16_learns_the_same_in_coarser_numbers():
-    """Under bfloat16 autocast an update runs, the recurrence stays float32, and the losses are those of float32."""
+    """In bfloat16 autocast an update runs, the recurrence stays float32, the losses are those of float32."""
     losses = {}
     for enabled in (False, True):
         torch.manual_seed(0)
@@ -519,7 +523,8 @@ def test_bfloat16_learns_the_same_in_coarser_numbers():
             losses[enabled] = [level.update(batch_of(agent, i)) for i, level in enumerate(agent.levels)]
     for plain, coarse in zip(losses[False], losses[True]):
         for name in ("reconstruction", "reward", "continue", "kl"):
-            assert torch.allclose(plain[f"model/{name}_loss"], coarse[f"model/{name}_loss"].float(), rtol=0.05), name
+            exact, rounded = plain[f"model/{name}_loss"], coarse[f"model/{name}_loss"].float()
+            assert torch.allclose(exact, rounded, rtol=0.05), name
         assert all(np.isfinite(value.item()) for value in coarse.values())
 
 
@@ -545,12 +550,13 @@ def counting_replay(capacity, length, tau, steps=0, seed=0):
     return replay
 
 
-DECILES = [0.053, 0.070, 0.080, 0.089, 0.097, 0.106, 0.113, 0.122, 0.130, 0.139]  # the law at tau 0.3, old to new
+# The law at tau 0.3, old to new.
+DECILES = [0.053, 0.070, 0.080, 0.089, 0.097, 0.106, 0.113, 0.122, 0.130, 0.139]
 
 
 @pytest.mark.parametrize("held, capacity", [(50, 5000), (2000, 5000), (12_345, 5000)])
 def test_draws_follow_the_law_while_the_ring_fills_and_after_it_wraps(held, capacity):
-    """Start positions fall into tenths, old to new, as the closed form says, at any fill: not only when full."""
+    """Start positions fall into tenths, old first, as the closed form says, at any fill, not only at full."""
     replay = counting_replay(capacity, 11, 0.3, held)
     draws = replay.draw(200_000) / replay.starts
     assert replay.starts == min(held, capacity) - 10
@@ -563,7 +569,7 @@ def test_draws_follow_the_law_while_the_ring_fills_and_after_it_wraps(held, capa
 
 
 def test_the_law_is_the_distribution_of_expected_counts():
-    """Uniform draws on a growing buffer give entry x of n about ln(n/x) draws: the law's density, integrated."""
+    """Uniform draws on a growing buffer give entry x of n about ln(n/x) draws: the density, integrated."""
     n = 2000
     expected = np.cumsum((1 / np.arange(1, n + 1))[::-1])[::-1]  # 1/i + ... + 1/n
     u = np.arange(1, n + 1) / n
@@ -573,7 +579,7 @@ def test_the_law_is_the_distribution_of_expected_counts():
 
 @pytest.mark.parametrize("steps", [7, 20, 33, 64, 95])
 def test_no_sequence_crosses_the_write_head(steps):
-    """Every sequence is consecutive in time, before and after the ring wraps, and every start can be drawn."""
+    """Every sequence is consecutive in time, before and after the ring wraps; every start can be drawn."""
     replay = counting_replay(20, 7, 0.3, steps)
     batch = replay.sample(3000)["t"]
     assert (np.diff(batch, axis=1) == 1).all()
@@ -589,7 +595,7 @@ def test_a_replay_that_is_too_small_says_so():
 
 
 def test_saved_pieces_become_the_same_ring(tmp_path):
-    """Only new steps are written at each save, old files leave with their steps, and loading gives the same ring."""
+    """Each save writes only new steps, old files leave with their steps, loading gives the same ring."""
     replay = counting_replay(20, 5, 0.3)
     for t in range(73):
         replay.add({"t": t})
@@ -618,9 +624,9 @@ def test_saved_pieces_become_the_same_ring(tmp_path):
 # ------------------------------------------------------------------------------------------------------------
 
 class Catch(gymnasium.Env):
-    """Three blocks fall, one after the other, through 6 rows of 5 columns; each one caught by the paddle is a point.
+    """Three blocks fall, one after the other, through 6 rows of 5 columns; each one caught is a point.
 
-    Perfect play earns 3; moving at random about 0.6, since a block must be followed for several steps in a row.
+    Perfect play earns 3; moving at random about 0.6, since a block must be followed for several steps.
     """
 
     COLUMNS, ROWS, DROPS = 5, 6, 3
@@ -655,7 +661,8 @@ class Catch(gymnasium.Env):
         return vector
 
     def get_state(self):
-        return {"t": self.t, "paddle": self.paddle, "block": self.block, "rng": self.np_random.bit_generator.state}
+        return {"t": self.t, "paddle": self.paddle, "block": self.block,
+                "rng": self.np_random.bit_generator.state}
 
     def set_state(self, state):
         self.reset(seed=0)
@@ -666,10 +673,11 @@ class Catch(gymnasium.Env):
 def catch_config(directory, **settings):
     """Settings for Catch: small networks, large learning rates."""
     return train.Config(**dict(
-        game="catch", preset="debug", device="cpu", logdir=str(directory), levels=2, steps=400, warmup=100, train_every=2,
-        batch_size=8, batch_length=32, replay_size=10_000, stoch=8, classes=8, hidden=64, state_size=32, s5_layers=2,
-        units=64, horizon=12, starts=128, model_lr=1e-3, actor_lr=6e-4, critic_lr=6e-4, autoencoder_lr=1e-3,
-        entropy_scale=3e-3, subgoal_weight=0.1, log_every=100, save_every=200, eval_episodes=2) | settings)
+        game="catch", preset="debug", device="cpu", logdir=str(directory), levels=2, steps=400, warmup=100,
+        train_every=2, batch_size=8, batch_length=32, replay_size=10_000, stoch=8, classes=8, hidden=64,
+        state_size=32, s5_layers=2, units=64, horizon=12, starts=128, model_lr=1e-3, actor_lr=6e-4,
+        critic_lr=6e-4, autoencoder_lr=1e-3, entropy_scale=3e-3, subgoal_weight=0.1, log_every=100,
+        save_every=200, eval_episodes=2) | settings)
 
 
 def metrics_of(directory):
@@ -679,7 +687,7 @@ def metrics_of(directory):
 
 
 def test_resumed_run_is_bitwise_the_undisturbed_one(tmp_path):
-    """Stop at a checkpoint, start a new process' worth of objects, resume: metrics and weights are the same bits."""
+    """Stop at a checkpoint, start with all new objects, resume: metrics and weights are the same bits."""
     whole = train.Run(catch_config(tmp_path / "whole"), Catch())
     train.train(whole, progress=False)
     first = train.Run(catch_config(tmp_path / "parts", steps=200), Catch())
@@ -696,7 +704,7 @@ def test_resumed_run_is_bitwise_the_undisturbed_one(tmp_path):
 
 
 def test_a_non_finite_loss_stops_the_run(tmp_path):
-    """NaN is never trained on silently: the run ends, the level and the losses are named, no checkpoint is written."""
+    """NaN is never trained on silently: the run ends, names the level and losses, writes no checkpoint."""
     run = train.Run(catch_config(tmp_path), Catch())
     run.agent.levels[1].world_model.outcome[-1].bias.data.fill_(float("nan"))
     with pytest.raises(FloatingPointError, match="at step [0-9]+, level 1: not finite: model/reward_loss"):
@@ -705,12 +713,13 @@ def test_a_non_finite_loss_stops_the_run(tmp_path):
 
 
 def test_every_setting_is_read():
-    """No setting is without effect: each field of Config is used somewhere in train.py, apart from its definition."""
+    """No setting is without effect: each field of Config is used in train.py, apart from its definition."""
     source = Path(train.__file__).read_text()
     body = source[source.index("class UsageError"):]
     for field in dataclasses.fields(train.Config):
         used = re.search(rf'(\b(config|c)\.{field.name}\b)|"{field.name}"', body)
-        assert used or field.name.endswith("_weight"), field.name  # the three weights are read as name + "_weight"
+        # The three weights are read as name + "_weight".
+        assert used or field.name.endswith("_weight"), field.name
         assert field.metadata["help"]
     for name, preset in train.PRESETS.items():
         assert preset.keys() <= {field.name for field in dataclasses.fields(train.Config)}, name
@@ -744,7 +753,7 @@ def test_bad_input_is_one_clear_line(flags, words):
 
 
 def test_runs_are_never_overwritten_and_bad_checkpoints_are_named(tmp_path):
-    """An existing run is kept; a missing, truncated or foreign checkpoint, or a flag that contradicts it, is said."""
+    """An existing run is kept; a missing, truncated or foreign checkpoint or a contradicting flag is said."""
     def error(*flags):
         with pytest.raises(train.UsageError) as caught:
             train.main(["--device", "cpu", "--logdir", str(tmp_path), *flags])
@@ -770,13 +779,14 @@ def test_runs_are_never_overwritten_and_bad_checkpoints_are_named(tmp_path):
 
 
 def test_command_line_exit_codes_and_signals(tmp_path):
-    """A typo exits with 2 and one line on stderr; Ctrl+C saves the run, says how to continue it, and it continues."""
+    """A typo exits with 2 and one line on stderr; Ctrl+C saves the run, says how to continue, and it does."""
     command = [sys.executable, "train.py", "--logdir", str(tmp_path / "run"), "--device", "cpu"]
     here = Path(train.__file__).parent
     wrong = subprocess.run([*command, "--game", "pnog"], cwd=here, capture_output=True, text=True)
     assert wrong.returncode == 2 and wrong.stderr.count("\n") == 1 and not (tmp_path / "run").exists()
     settings = ["--game", "pong", "--preset", "debug", "--steps", "100000", "--save_every", "100000"]
-    process = subprocess.Popen([*command, *settings], cwd=here, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+    process = subprocess.Popen([*command, *settings], cwd=here, stdout=subprocess.PIPE,
+                               stderr=subprocess.DEVNULL, text=True)
     while not (tmp_path / "run" / "metrics.jsonl").exists():
         assert process.poll() is None
         time.sleep(0.1)
@@ -784,8 +794,8 @@ def test_command_line_exit_codes_and_signals(tmp_path):
     output, _ = process.communicate(timeout=60)
     assert process.returncode == 130 and "continue with: python train.py" in output
     step = int(re.search(r"stopped at step (\d+)", output)[1])
-    resumed = subprocess.run([*command, "--resume", "--steps", str(step + 10), "--eval_episodes", "1"], cwd=here,
-                             capture_output=True, text=True)
+    resumed = subprocess.run([*command, "--resume", "--steps", str(step + 10), "--eval_episodes", "1"],
+                             cwd=here, capture_output=True, text=True)
     assert resumed.returncode == 0 and f"resumed at step {step}" in resumed.stdout
     assert f"pong after {step + 10} steps: score" in resumed.stdout
     summary = json.loads((tmp_path / "run" / "evaluation.json").read_text())
@@ -799,7 +809,8 @@ def test_killed_at_any_moment_a_run_ends_as_if_undisturbed(tmp_path):
         return [sys.executable, "train.py", "--logdir", str(tmp_path / name), "--device", "cpu"]
 
     quiet = dict(cwd=Path(train.__file__).parent, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    settings = "--game breakout --preset debug --steps 450 --warmup 200 --save_every 30 --log_every 50 --eval_episodes 1"
+    settings = ("--game breakout --preset debug --steps 450 --warmup 200"
+                " --save_every 30 --log_every 50 --eval_episodes 1")
     subprocess.run([*command("whole"), *settings.split()], check=True, **quiet)
     delays, flags, kills = np.random.default_rng(0).uniform(0.1, 1.5, 3), settings.split(), 0
     for delay in delays:
@@ -815,14 +826,15 @@ def test_killed_at_any_moment_a_run_ends_as_if_undisturbed(tmp_path):
         flags = ["--resume"]
     subprocess.run([*command("killed"), "--resume"], check=True, **quiet)
     assert kills and metrics_of(tmp_path / "killed") == metrics_of(tmp_path / "whole")
-    weights = [train.load_checkpoint(tmp_path / name / "checkpoint.pt", "cpu")["weights"] for name in ("whole", "killed")]
+    weights = [train.load_checkpoint(tmp_path / name / "checkpoint.pt", "cpu")["weights"]
+               for name in ("whole", "killed")]
     assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
 
 
 def test_a_full_disk_leaves_the_checkpoint_intact(tmp_path, monkeypatch, capsys):
     """When a checkpoint cannot be written, the one before stays whole, and one line says what to do."""
-    settings = ["--game", "breakout", "--preset", "debug", "--device", "cpu", "--logdir", str(tmp_path / "run"), "--steps",
-                "60", "--save_every", "20"]
+    settings = ["--game", "breakout", "--preset", "debug", "--device", "cpu",
+                "--logdir", str(tmp_path / "run"), "--steps", "60", "--save_every", "20"]
 
     def full(checkpoint, path):
         Path(path).write_bytes(b"half a file")
@@ -838,7 +850,8 @@ def test_a_full_disk_leaves_the_checkpoint_intact(tmp_path, monkeypatch, capsys)
     with pytest.raises(train.UsageError, match="No space left on device.*intact.*--resume"):
         train.main(settings)
     monkeypatch.undo()
-    assert train.main(["--logdir", str(tmp_path / "run"), "--resume", "--steps", "50", "--eval_episodes", "1"]) == 0
+    resume = ["--logdir", str(tmp_path / "run"), "--resume", "--steps", "50", "--eval_episodes", "1"]
+    assert train.main(resume) == 0
     assert "resumed at step 20" in capsys.readouterr().out
 
 
@@ -880,7 +893,8 @@ def test_actions_repeat_and_the_end_is_seen():
 
     env.game.step = ends_on_the_second_frame
     observation, reward, terminated, truncated, _ = env.step(2)
-    assert calls == [2] * 4 and reward == 4 and not terminated and env.frames == frames + 4 and (observation == 40).all()
+    assert calls == [2] * 4 and reward == 4 and not terminated
+    assert env.frames == frames + 4 and (observation == 40).all()
     observation, reward, terminated, truncated, _ = env.step(3)
     assert calls[4:] == [3, 3] and reward == 2 and terminated and not truncated and (observation == 60).all()
     env.reset()
@@ -890,7 +904,7 @@ def test_actions_repeat_and_the_end_is_seen():
 
 
 def test_emulator_continues_bitwise_after_it_is_restored():
-    """A restored game shows the same frames, gives the same rewards, and draws the same no-ops at the next reset."""
+    """A restored game shows the same frames, gives the same rewards, draws the same no-ops when reset."""
     env, other = train.Atari("breakout"), train.Atari("breakout")
     env.reset(seed=3)
     actions = np.random.default_rng(0).integers(4, size=60)
@@ -926,8 +940,9 @@ def test_it_learns(levels, steps, seed, tmp_path):
 
 def untrained_run(directory, game="breakout", levels=2, seed=0):
     """The directory of a run that was saved before its first step."""
-    run = train.Run(train.make_config({"preset": "debug", "game": game, "levels": levels, "seed": seed, "device": "cpu",
-                           "logdir": str(directory)}), train.Atari(game))
+    config = train.make_config({"preset": "debug", "game": game, "levels": levels, "seed": seed,
+                                "device": "cpu", "logdir": str(directory)})
+    run = train.Run(config, train.Atari(game))
     run.save()
     return run
 
@@ -947,7 +962,8 @@ def test_evaluation_of_a_run(tmp_path, capsys):
     assert evaluate.main([str(tmp_path), "--episodes", "1", "--seed", "1"]) == 0
     assert "breakout after 0 steps: score" in capsys.readouterr().out
     summary = json.loads((tmp_path / "evaluation.json").read_text())
-    assert len(summary["returns"]) == 1 and summary["mean"] == np.mean(summary["returns"]) and summary["levels"] == 2
+    assert len(summary["returns"]) == 1 and summary["mean"] == np.mean(summary["returns"])
+    assert summary["levels"] == 2
     (tmp_path / "evaluation.json").unlink()
     evaluate.main([str(tmp_path), "--episodes", "1", "--seed", "1", "--json", "-"])
     assert json.loads(capsys.readouterr().out)["returns"] == summary["returns"]
@@ -993,9 +1009,11 @@ def test_a_checkpoint_that_does_not_fit_is_one_clear_line(tmp_path, damage, says
 @pytest.mark.parametrize("command, says", [
     ("", "name one directory"), ("one two", "name one directory"), ("nowhere", "does not exist"),
     ("run --vidoe film.gif", "did you mean --video"), ("run --video film.mp4", "must end in .gif"),
-    ("run --strip nowhere/strip.png", "no directory nowhere"), ("run --json nowhere/a.json", "no directory nowhere"),
-    ("run --episodes 0", "at least 1"), ("--table", "needs result files"), ("run --etbs a.png", "needs no run"),
-    ("--table a.json --video film.gif", "use two commands"), ("--curves a.png a.json --episodes 3", "use two commands"),
+    ("run --strip nowhere/strip.png", "no directory nowhere"),
+    ("run --json nowhere/a.json", "no directory nowhere"),
+    ("run --episodes 0", "at least 1"), ("--table", "needs result files"),
+    ("run --etbs a.png", "needs no run"), ("--table a.json --video film.gif", "use two commands"),
+    ("--curves a.png a.json --episodes 3", "use two commands"),
     ("--table nowhere.json", "cannot be read"), ("--s5 a.png", "name one directory"),
     ("run --video a.gif --json -", "by another command"),
 ])
@@ -1042,7 +1060,8 @@ def test_subgoals_are_decoded_level_by_level():
 def record_film(monkeypatch, agent, env, **arguments):
     """The panels' images of a film: [[image of each panel] of each step]."""
     frames = []
-    monkeypatch.setattr(evaluate, "draw_frame", lambda title, panels, bars: frames.append([p for p, _ in panels]))
+    monkeypatch.setattr(evaluate, "draw_frame",
+                        lambda title, panels, bars: frames.append([p for p, _ in panels]))
     monkeypatch.setattr(evaluate, "save_film", lambda path, frames: None)
     with torch.inference_mode():
         evaluate.film(agent, env, "pong", 0, "film.gif", **arguments)
@@ -1050,7 +1069,7 @@ def record_film(monkeypatch, agent, env, **arguments):
 
 
 def test_film_shows_subgoals_at_their_own_pace(monkeypatch):
-    """In the film the goal of level i changes when level i + 1 acts, every k^(i+1) steps, and stands in between."""
+    """In a film level i's goal changes when level i + 1 acts, every k^(i+1) steps, and stands until then."""
     torch.manual_seed(0)
     frames = record_film(monkeypatch, small(3, (64, 64, 3), 6), train.Atari("pong"), steps=40, restart=5)
     assert {len(panels) for panels in frames} == {5}
@@ -1071,7 +1090,7 @@ def test_film_dream_starts_from_the_truth_and_then_sees_nothing(monkeypatch):
         agent = painting(small(1, (64, 64, 3), 6))
         torch.manual_seed(1)  # an untrained actor is uniform: the same random numbers give the same actions
         if actions is not None:
-            agent.levels[0].policy = lambda state, subgoal: torch.rand(state.h.shape[:-1] + (1,)) * 0 + actions
+            agent.levels[0].policy = lambda state, goal: torch.rand(state.h.shape[:-1] + (1,)) * 0 + actions
         return record_film(monkeypatch, agent, env, steps=12, restart=restart)
 
     truth, garbled = filmed(train.Atari("pong")), filmed(Garbled("pong"))
@@ -1128,7 +1147,8 @@ def test_dream_film_runs_without_the_game(tmp_path, monkeypatch):
 
 class Echo(gymnasium.Env):
     """Shows [last action one-hot, step of the episode]; an episode has `length` steps."""
-    observation_space, action_space = gymnasium.spaces.Box(-1, 99, (4,), np.float32), gymnasium.spaces.Discrete(3)
+    observation_space = gymnasium.spaces.Box(-1, 99, (4,), np.float32)
+    action_space = gymnasium.spaces.Discrete(3)
 
     def __init__(self, length):
         self.length = length
@@ -1168,7 +1188,8 @@ def test_open_loop_error_against_its_baselines():
     assert not errors["last frame, repeated"].any()
     assert np.allclose(errors["mean frame"], truth[:, 0].var(0, unbiased=False).mean(), atol=1e-6)
     truth[:, evaluate.CONTEXT - 1] = 0  # the last frame seen
-    assert np.allclose(evaluate.open_loop_error(truth, dreamed)["last frame, repeated"], truth[:, -1].square().mean())
+    errors = evaluate.open_loop_error(truth, dreamed)
+    assert np.allclose(errors["last frame, repeated"], truth[:, -1].square().mean())
 
 
 def published(method):
@@ -1189,7 +1210,8 @@ def test_aggregates_by_hand():
     at each end, the optimality gap counts what is missing to 1; all games weigh the same, however many runs
     they have."""
     scores = [np.array([0.0, 0.2, 0.4, 0.6]), np.array([0.8, 1.0, 1.2, 5.0])]
-    expected = [(0.3 + 2.0) / 2, (0.3 + 2.0) / 2, (0.4 + 0.6 + 0.8 + 1.0) / 4, (1.0 + 0.8 + 0.6 + 0.4 + 0.2) / 8]
+    expected = [(0.3 + 2.0) / 2, (0.3 + 2.0) / 2,
+                (0.4 + 0.6 + 0.8 + 1.0) / 4, (1.0 + 0.8 + 0.6 + 0.4 + 0.2) / 8]
     assert np.allclose(evaluate.aggregate(scores), expected)
     assert np.allclose(evaluate.aggregate([scores[0], np.tile(scores[1], 3)]), expected)
     three = [np.array([0.1]), np.array([0.2]), np.array([3.0])]
@@ -1198,8 +1220,7 @@ def test_aggregates_by_hand():
 
 def test_bootstrap_is_stratified():
     """Intervals come from redrawing runs within each game: games whose runs agree give none, however much the
-    games differ; and for many runs of one game the mean's interval is the textbook's +-1.96 standard
-    errors."""
+    games differ; for many runs of one game the mean's interval is the textbook's +-1.96 standard errors."""
     same = [np.full(3, value) for value in (0.1, 0.5, 2.0)]
     assert np.allclose(evaluate.bootstrap(same, 200), evaluate.aggregate(same))
     runs = np.random.default_rng(1).normal(size=400)
@@ -1222,7 +1243,8 @@ def test_table_says_what_it_knows(tmp_path, capsys):
     assert f"{(2 + 20.7) / (14.6 + 20.7):.3f}" in full
     evaluate.main(["--table", *files, write_result(tmp_path / "e.json", seed=1, returns=[8]), "--json", "-"])
     flat, full = json.loads(capsys.readouterr().out)
-    assert full["scores"]["pong"] == [2.0, 8.0] and flat["scores"] == {"pong": [2.0]} and flat["interval"] is None
+    assert full["scores"]["pong"] == [2.0, 8.0]
+    assert flat["scores"] == {"pong": [2.0]} and flat["interval"] is None
     expected = ((5 + 20.7) / 35.3 + (2000 - 65.2) / (4334.7 - 65.2)) / 2
     assert np.isclose(full["aggregates"]["here"]["mean"], expected)
     low, high = full["interval"]["mean"]
@@ -1234,14 +1256,14 @@ def test_table_says_what_it_knows(tmp_path, capsys):
     {"returns": []}, {"returns": [1.0, float("nan")]}, {"returns": ["high"]}, {"returns": 3}, {"game": None},
     {"seed": "0"}, {"curve": [[1, 2, 3]]}])
 def test_a_malformed_result_is_one_clear_line(tmp_path, changes):
-    """A result file without finite returns, or with missing or wrong entries, is refused in one line with its name."""
+    """A file without finite returns or with missing or wrong entries is refused by name, in one line."""
     with pytest.raises(train.UsageError, match="a.json is not a result") as error:
         evaluate.main(["--table", write_result(tmp_path / "a.json", **changes)])
     assert "\n" not in str(error.value)
 
 
 def test_the_same_run_twice_is_refused(tmp_path):
-    """A run that is given twice would count twice: both file names are in the message. Another seed is another run."""
+    """A run given twice would count twice: the message has both file names. Another seed is another run."""
     a, b = write_result(tmp_path / "a.json"), write_result(tmp_path / "b.json", returns=[0])
     with pytest.raises(train.UsageError, match="b.json and .*a.json are the same run: pong, seed 0"):
         evaluate.main(["--table", a, b])
@@ -1249,7 +1271,7 @@ def test_the_same_run_twice_is_refused(tmp_path):
 
 
 def test_pictures_are_drawn(tmp_path):
-    """Curves, S5 and ETBS pictures hold what they are about: each line's colour covers more than a legend does."""
+    """Curves, S5 and ETBS pictures hold what they are about: each line's colour covers more than a legend."""
     Image = pytest.importorskip("PIL.Image")
     pytest.importorskip("matplotlib")
 

@@ -1,8 +1,7 @@
 """Train Hieros on an Atari game: `python train.py --game pong`.
 
 In this file: every setting (Config), the game as the agent sees it (Atari), the run with its checkpoints
-(Run), the loop (train) and the score of a trained agent (play, result). Read hierarchy.py and replay.py
-before.
+(Run), the loop (train), the score of a trained agent (play, result). Read hierarchy.py and replay.py first.
 """
 
 import argparse
@@ -43,8 +42,8 @@ class Config:
     values of Hieros, Appendix "Hyperparameters", unless the help text says otherwise."""
 
     game: str = setting("pong", "Atari game, in any spelling: pong, ms_pacman, MsPacman")
-    preset: str = setting("auto", "paper, cpu (about an hour on two cores), debug (under a minute), or auto: paper on"
-                          " a CUDA device, cpu otherwise", choices=["auto", "paper", "cpu", "debug"])
+    preset: str = setting("auto", "paper, cpu (about an hour on two cores), debug (under a minute), or auto:"
+                          " paper on a CUDA device, cpu otherwise", choices=["auto", "paper", "cpu", "debug"])
     seed: int = setting(0, "seed of everything random", 0)
     device: str = setting("auto", "auto, cpu, cuda, cuda:1, ...")
     logdir: str = setting("", "where the run is written; default runs/GAME-SEED")
@@ -53,7 +52,8 @@ class Config:
 
     steps: int = setting(100_000, "agent steps; each is 4 frames", 1)
     warmup: int = setting(1000, "agent steps before the first update", 0)
-    train_every: int = setting(1, "agent steps per update of level 0; level i updates k^i times more rarely", 1)
+    train_every: int = setting(
+        1, "agent steps per update of level 0; level i updates k^i times more rarely", 1)
     batch_size: int = setting(16, "B, sequences in a batch", 1)
     batch_length: int = setting(64, "T, steps in a sequence", 2)
     replay_size: int = setting(100_000, "steps that level 0 keeps; level i keeps k^i times fewer", 1)
@@ -67,7 +67,8 @@ class Config:
     units: int = setting(256, "units of every MLP layer", 1)
     mlp_layers: int = setting(2, "hidden layers of the MLPs", 1)
     depth: int = setting(24, "channels of the first convolution", 1)
-    first_stride: int = setting(2, "stride of the first convolution: 2, or 4 to save its cost", choices=[2, 4])
+    first_stride: int = setting(2, "stride of the first convolution: 2, or 4 to save its cost",
+                                choices=[2, 4])
 
     horizon: int = setting(16, "imagined steps", 2)
     starts: int = setting(1024, "imagined rollouts an update, at most batch_size * batch_length", 1)
@@ -94,13 +95,13 @@ class Config:
 
 PRESETS = {
     "paper": {},
-    "cpu": dict(steps=20_000, train_every=2, warmup=500, batch_size=8, batch_length=32, stoch=16, classes=16, hidden=128,
-                state_size=64, s5_layers=2, units=128, mlp_layers=2, depth=24, first_stride=4, horizon=10, starts=128,
-                model_lr=1e-3, actor_lr=3e-4, critic_lr=3e-4, autoencoder_lr=1e-3, entropy_scale=3e-3,
-                eval_episodes=20),
-    "debug": dict(steps=1200, train_every=10, warmup=300, batch_size=4, batch_length=16, stoch=8, classes=8, hidden=64,
-                  state_size=32, s5_layers=2, units=64, mlp_layers=1, depth=8, first_stride=4, horizon=5, starts=32,
-                  log_every=100, save_every=400, eval_episodes=2),
+    "cpu": dict(steps=20_000, train_every=2, warmup=500, batch_size=8, batch_length=32, stoch=16, classes=16,
+                hidden=128, state_size=64, s5_layers=2, units=128, mlp_layers=2, depth=24, first_stride=4,
+                horizon=10, starts=128, model_lr=1e-3, actor_lr=3e-4, critic_lr=3e-4, autoencoder_lr=1e-3,
+                entropy_scale=3e-3, eval_episodes=20),
+    "debug": dict(steps=1200, train_every=10, warmup=300, batch_size=4, batch_length=16, stoch=8, classes=8,
+                  hidden=64, state_size=32, s5_layers=2, units=64, mlp_layers=1, depth=8, first_stride=4,
+                  horizon=5, starts=32, log_every=100, save_every=400, eval_episodes=2),
 }
 RESUMABLE = {"steps", "device", "log_every", "save_every", "eval_episodes"}  # what --resume may change
 
@@ -110,49 +111,54 @@ class UsageError(Exception):
 
 
 class Parser(argparse.ArgumentParser):
-    """An ArgumentParser whose errors are UsageErrors: one line, and an unknown flag gets the nearest known one."""
+    """An ArgumentParser whose errors are UsageErrors: one line; an unknown flag gets the nearest known."""
 
     def error(self, message):
         if message.startswith("unrecognized arguments: --"):
             flag = message.split(": ", 1)[1].split()[0].split("=")[0]
             near = difflib.get_close_matches(flag, self._option_string_actions, 1)
-            message = f"unknown flag {flag}" + (f", did you mean {near[0]}?" if near else "; --help lists them all")
+            advice = f", did you mean {near[0]}?" if near else "; --help lists them all"
+            message = f"unknown flag {flag}" + advice
         raise UsageError(message)
 
 
 def parse_config(argv):
-    """(explicitly given {name: value}, resume) from a command line. Raises UsageError, never exits except for --help."""
+    """(explicitly given {name: value}, resume) from a command line. Raises UsageError; only --help exits."""
     parser = Parser(description="Train Hieros on an Atari game.", allow_abbrev=False,
                     epilog="example: python train.py --game breakout --levels 1 --seed 3")
     for field in dataclasses.fields(Config):
-        parser.add_argument("--" + field.name, type=field.type, choices=field.metadata["choices"], default=argparse.SUPPRESS,
-                            metavar=field.name.upper(), help=f"{field.metadata['help']} (paper: {field.default})")
-    parser.add_argument("--resume", action="store_true", help="continue the run in --logdir from its last checkpoint")
+        parser.add_argument("--" + field.name, type=field.type, choices=field.metadata["choices"],
+                            default=argparse.SUPPRESS, metavar=field.name.upper(),
+                            help=f"{field.metadata['help']} (paper: {field.default})")
+    parser.add_argument("--resume", action="store_true",
+                        help="continue the run in --logdir from its last checkpoint")
     given = vars(parser.parse_args(argv))
     return given, given.pop("resume")
 
 
 def make_config(given):
-    """The Config of the explicitly given values over the preset's. Raises UsageError if a value makes no sense."""
+    """The Config of the explicitly given values over the preset's. UsageError if a value makes no sense."""
     config = Config(**given)
     if config.device == "auto":
         config.device = "cuda" if torch.cuda.is_available() else "cpu"
     if config.preset == "auto":
         config.preset = "paper" if config.device.startswith("cuda") else "cpu"
-    config = dataclasses.replace(config, **(PRESETS[config.preset] | {key: getattr(config, key) for key in given
-                                                                     if key not in ("preset", "device")}))
+    explicit = {key: getattr(config, key) for key in given if key not in ("preset", "device")}
+    config = dataclasses.replace(config, **(PRESETS[config.preset] | explicit))
     for field in dataclasses.fields(Config):
         value, low, high = getattr(config, field.name), field.metadata["low"], field.metadata["high"]
         if (low is not None and not value >= low) or (high is not None and not value <= high):
             raise UsageError(f"--{field.name} {value} is out of range: "
                              + (f"at least {low}" if high is None else f"{low} to {high}"))
     if config.state_size % 8:
-        raise UsageError(f"--state_size {config.state_size} must be a multiple of 8 (4 blocks of conjugate pairs)")
+        raise UsageError(f"--state_size {config.state_size} must be a multiple of 8"
+                         " (4 blocks of conjugate pairs)")
     if config.starts > config.batch_size * config.batch_length:
-        raise UsageError(f"--starts {config.starts} is more than the {config.batch_size} x {config.batch_length} states of"
-                         " a batch")
+        raise UsageError(f"--starts {config.starts} is more than the"
+                         f" {config.batch_size} x {config.batch_length} states of a batch")
     if config.replay_size < config.batch_length * config.k ** (config.levels - 1):
-        raise UsageError(f"--replay_size {config.replay_size} is too small: the top level keeps a k^{config.levels - 1}th of it"
+        raise UsageError(f"--replay_size {config.replay_size} is too small:"
+                         f" the top level keeps a k^{config.levels - 1}th of it"
                          f" and needs {config.batch_length} steps for one sequence")
     try:
         torch.zeros(1, device=config.device)
@@ -171,11 +177,12 @@ def make_config(given):
 # with every Atari 100k paper, first in Mnih et al. 2015 and Wang et al. 2016).
 REFERENCE = {  # game: (random, human)
     "alien": (227.8, 7127.7), "amidar": (5.8, 1719.5), "assault": (222.4, 742.0), "asterix": (210.0, 8503.3),
-    "bank_heist": (14.2, 753.1), "battle_zone": (2360.0, 37187.5), "boxing": (0.1, 12.1), "breakout": (1.7, 30.5),
-    "chopper_command": (811.0, 7387.8), "crazy_climber": (10780.5, 35829.4), "demon_attack": (152.1, 1971.0),
-    "freeway": (0.0, 29.6), "frostbite": (65.2, 4334.7), "gopher": (257.6, 2412.5), "hero": (1027.0, 30826.4),
-    "jamesbond": (29.0, 302.8), "kangaroo": (52.0, 3035.0), "krull": (1598.0, 2665.5),
-    "kung_fu_master": (258.5, 22736.3), "ms_pacman": (307.3, 6951.6), "pong": (-20.7, 14.6),
+    "bank_heist": (14.2, 753.1), "battle_zone": (2360.0, 37187.5), "boxing": (0.1, 12.1),
+    "breakout": (1.7, 30.5), "chopper_command": (811.0, 7387.8), "crazy_climber": (10780.5, 35829.4),
+    "demon_attack": (152.1, 1971.0), "freeway": (0.0, 29.6), "frostbite": (65.2, 4334.7),
+    "gopher": (257.6, 2412.5), "hero": (1027.0, 30826.4), "jamesbond": (29.0, 302.8),
+    "kangaroo": (52.0, 3035.0), "krull": (1598.0, 2665.5), "kung_fu_master": (258.5, 22736.3),
+    "ms_pacman": (307.3, 6951.6), "pong": (-20.7, 14.6),
     "private_eye": (24.9, 69571.3), "qbert": (163.9, 13455.0), "road_runner": (11.5, 7845.0),
     "seaquest": (68.4, 42054.7), "up_n_down": (533.4, 11693.2),
 }
@@ -186,7 +193,8 @@ def atari_games():
     gymnasium.register_envs(ale_py)
     ale_py.ALEInterface.setLoggerMode(ale_py.LoggerMode.Error)  # no banner
     ids = [id for id, spec in gymnasium.registry.items() if spec.namespace == "ALE" and spec.version == 5]
-    return {"".join("_" * (i > 0 and c.isupper()) + c.lower() for i, c in enumerate(id[4:-3])): id for id in ids}
+    return {"".join("_" * (i > 0 and c.isupper()) + c.lower() for i, c in enumerate(id[4:-3])): id
+            for id in ids}
 
 
 def atari_name(game):
@@ -196,7 +204,8 @@ def atari_name(game):
 
     names = {letters(name): name for name in atari_games()}
     if letters(game) not in names:
-        near = difflib.get_close_matches(letters(game), names, 3) or [name.replace("_", "") for name in REFERENCE]
+        near = (difflib.get_close_matches(letters(game), names, 3)
+                or [name.replace("_", "") for name in REFERENCE])
         raise UsageError(f"unknown game '{game}'; nearest: " + ", ".join(names[key] for key in near))
     return names[letters(game)]
 
@@ -209,12 +218,12 @@ def area_weights(inputs, outputs):
 
 
 class Atari(gymnasium.Env):
-    """An Atari game by the protocol of Atari 100k: observations (64,64,3) bytes, the game's minimal action set.
+    """An Atari game by the protocol of Atari 100k: observations (64,64,3) bytes, the minimal action set.
 
     Each action is repeated for 4 frames; the observation is the pixel-wise maximum of the last two (some
     games draw their sprites only on every other frame), averaged down to 64x64. Up to 30 random no-ops after
-    a reset; no sticky actions; rewards unclipped; a lost life does not end the episode; 108,000 frames at
-    most.
+    a reset; no sticky actions; rewards unclipped; a lost life does not end the episode; at most 108,000
+    frames.
     """
 
     REPEAT, NOOPS, MAX_FRAMES = 4, 30, 108_000
@@ -248,8 +257,7 @@ class Atari(gymnasium.Env):
         return self._observation(), reward, terminated, truncated and not terminated, {}
 
     def _frame(self, action):
-        # The screen is taken after *every* frame, so that also an episode that ends inside the repeat shows
-        # its end.
+        # The screen is taken after *every* frame: also an episode that ends inside the repeat shows its end.
         self.previous = self.screen
         self.screen, reward, terminated, _, _ = self.game.step(action)
         self.frames += 1
@@ -283,10 +291,12 @@ class Atari(gymnasium.Env):
 
 def make_agent(config, env):
     """The agent of a Config for an environment's spaces, on the Config's device."""
-    model = {key: getattr(config, key) for key in ("stoch", "classes", "hidden", "state_size", "s5_layers", "units",
-                                                   "mlp_layers", "depth", "first_stride")}
-    behaviour = {key: getattr(config, key) for key in ("horizon", "starts", "gamma", "lam", "entropy_scale", "slow",
-                                                       "model_lr", "actor_lr", "critic_lr", "autoencoder_lr")}
+    model = {key: getattr(config, key) for key in (
+        "stoch", "classes", "hidden", "state_size", "s5_layers", "units", "mlp_layers", "depth",
+        "first_stride")}
+    behaviour = {key: getattr(config, key) for key in (
+        "horizon", "starts", "gamma", "lam", "entropy_scale", "slow", "model_lr", "actor_lr", "critic_lr",
+        "autoencoder_lr")}
     weights = {name: getattr(config, name + "_weight") for name in ("extrinsic", "subgoal", "novelty")}
     with torch.device(config.device):
         return Hieros(env.observation_space.shape, int(env.action_space.n), config.levels, config.k,
@@ -299,7 +309,7 @@ def autocast(config):
 
 
 def pack(tree):
-    """NumPy arrays in nested dicts and lists become {"numpy": tensor}, which torch.load reads with weights_only."""
+    """NumPy arrays in nested dicts and lists become {"numpy": tensor}, for torch.load with weights_only."""
     if isinstance(tree, dict):
         return {key: pack(value) for key, value in tree.items()}
     if isinstance(tree, list):
@@ -310,24 +320,29 @@ def pack(tree):
 def unpack(tree):
     """The inverse of pack."""
     if isinstance(tree, dict):
-        return tree["numpy"].cpu().numpy() if set(tree) == {"numpy"} else {key: unpack(value) for key, value in tree.items()}
+        if set(tree) == {"numpy"}:
+            return tree["numpy"].cpu().numpy()
+        return {key: unpack(value) for key, value in tree.items()}
     return [unpack(value) for value in tree] if isinstance(tree, list) else tree
 
 
 def env_step(observation, reward=0.0, *, is_first=False, is_last=False, is_terminal=False):
     """What an environment gave, as arrays of one environment: the arguments of Hieros.act."""
-    return {"observation": observation[None], "reward": np.float32([reward]), "is_first": np.array([is_first]),
-            "is_last": np.array([is_last]), "is_terminal": np.array([is_terminal])}
+    return {"observation": observation[None], "reward": np.float32([reward]),
+            "is_first": np.array([is_first]), "is_last": np.array([is_last]),
+            "is_terminal": np.array([is_terminal])}
 
 
 def load_checkpoint(path, device):
-    """The dictionary that Run.save wrote. weights_only: a checkpoint from a stranger cannot execute anything."""
+    """The dictionary that Run.save wrote. weights_only: a stranger's checkpoint cannot execute anything."""
     try:
         return unpack(torch.load(path, map_location=device, weights_only=True))
     except FileNotFoundError:
-        raise UsageError(f"{path} does not exist: this is not the directory of a run, or it has no checkpoint yet")
-    except Exception as error:  # whatever a damaged file makes of torch.load: the user needs to know which file
-        raise UsageError(f"{path} is not a checkpoint of this program, or is damaged ({type(error).__name__})") from error
+        raise UsageError(f"{path} does not exist:"
+                         " this is not the directory of a run, or it has no checkpoint yet")
+    except Exception as error:  # whatever a damaged file makes of torch.load: users need to know which file
+        raise UsageError(f"{path} is not a checkpoint of this program,"
+                         f" or is damaged ({type(error).__name__})") from error
 
 
 class Run:
@@ -338,18 +353,20 @@ class Run:
         torch.manual_seed(config.seed)
         self.rng = np.random.default_rng(config.seed)
         self.agent = make_agent(config, env)
-        self.replays = [Replay(spec, -(-config.replay_size // config.k ** i), config.batch_length, config.tau, self.rng)
+        self.replays = [Replay(spec, -(-config.replay_size // config.k ** i), config.batch_length, config.tau,
+                               self.rng)
                         for i, spec in enumerate(self.agent.specs)]
         self.memory = self.agent.initial_memory(1)
         observation, _ = env.reset(seed=config.seed)
         self.now = env_step(observation, is_first=True)
-        self.step, self.seconds, self.score = 0, 0.0, 0.0  # agent steps, wall time so far, return of this episode
+        self.step, self.seconds = 0, 0.0  # agent steps, wall time so far
+        self.score = 0.0  # return of this episode so far
         self.curve = []  # [agent step, return] of every finished episode
         self.updates = [0] * config.levels
         self.log = Log(self.directory)
 
     def act(self):
-        """One tick of acting: every level that is due updates, chooses and remembers. Returns the game action."""
+        """One tick of acting: every level that is due updates, chooses, remembers. Returns the action."""
         with autocast(self.config):
             self.memory, action, ticks = self.agent.act(self.memory, **self.now)
         for i, tick in enumerate(ticks):
@@ -394,8 +411,8 @@ class Run:
             "memory": self.memory, "now": self.now, "env": self.env.get_state(), "log": self.log.state(),
             "rng": self.rng.bit_generator.state, "torch_rng": torch.get_rng_state(),
             "cuda_rng": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
-            "replay_totals": [replay.total for replay in self.replays], "step": self.step, "seconds": self.seconds,
-            "score": self.score, "curve": self.curve, "updates": self.updates,
+            "replay_totals": [replay.total for replay in self.replays], "step": self.step,
+            "seconds": self.seconds, "score": self.score, "curve": self.curve, "updates": self.updates,
         }
         temporary = self.directory / "checkpoint.tmp"
         torch.save(pack(checkpoint), temporary)
@@ -424,11 +441,13 @@ class Run:
 class Log:
     """metrics.jsonl, one JSON object a line, and TensorBoard events if `tensorboard` is installed.
 
-    Metrics of updates are summed on the device and fetched only when a line is written: fetching waits for the device.
+    Metrics of updates are summed on the device and fetched only when a line is written: fetching waits for
+    the device.
     """
 
     def __init__(self, directory):
-        self.path, self.sums, self.counts, self.file, self.board = directory / "metrics.jsonl", {}, {}, None, None
+        self.path, self.file, self.board = directory / "metrics.jsonl", None, None
+        self.sums, self.counts = {}, {}
 
     def add(self, step, level, metrics):
         """Sum the metrics {name: scalar tensor} of one update of a level. On the CPU they are checked at
@@ -450,7 +469,8 @@ class Log:
                 self.board = SummaryWriter(self.path.parent)
             except ImportError:  # tensorboard is optional
                 pass
-        self.file.write(json.dumps({"step": step} | ({} if level is None else {"level": level}) | values) + "\n")
+        labels = {"step": step} if level is None else {"step": step, "level": level}
+        self.file.write(json.dumps(labels | values) + "\n")
         self.file.flush()
         for name, value in values.items() if self.board else ():
             self.board.add_scalar(name if level is None else f"level_{level}/{name}", value, step)
@@ -459,8 +479,9 @@ class Log:
         """Raises FloatingPointError, with the level and the names, if one of {name: number} is not finite."""
         wrong = [name for name, value in values.items() if not np.isfinite(value)]
         if wrong:
-            raise FloatingPointError(f"{when}, level {level}: not finite: {', '.join(wrong)}; the last checkpoint in"
-                                     f" {self.path.parent} was saved before, --resume repeats what led here")
+            raise FloatingPointError(f"{when}, level {level}: not finite: {', '.join(wrong)};"
+                                     f" the last checkpoint in {self.path.parent} was saved before,"
+                                     " --resume repeats what led here")
 
     def means(self, step):
         """{level: {name: mean since the last flush}}, checked."""
@@ -479,7 +500,8 @@ class Log:
 
     def state(self):
         """What `restore` needs: the file's length and the sums not yet written."""
-        return {"bytes": self.path.stat().st_size if self.path.exists() else 0, "sums": self.sums, "counts": self.counts}
+        return {"bytes": self.path.stat().st_size if self.path.exists() else 0,
+                "sums": self.sums, "counts": self.counts}
 
     def restore(self, state):
         """Cut off the lines written after the checkpoint: the resumed run writes them again."""
@@ -493,7 +515,7 @@ class Log:
 # ------------------------------------------------------------------------------------------------------------
 
 def train(run, progress=True):
-    """Act, learn, log, save, until config.steps. Returns the number of the signal that ended it early, else 0."""
+    """Act, learn, log, save, until config.steps. Returns the number of the signal that ended it, else 0."""
     config, stopped = run.config, []
     handlers = {number: signal.signal(number, lambda number, frame: stopped.append(number))
                 for number in (signal.SIGINT, signal.SIGTERM)}
@@ -524,7 +546,8 @@ def train(run, progress=True):
                               | {"seconds/total": run.seconds})
                 phases = dict.fromkeys(phases, 0.0)
                 scores = [score for _, score in run.curve[-10:]]
-                bar.set_postfix(score=scores[-1] if scores else "-", mean10=f"{np.mean(scores):.1f}" if scores else "-",
+                bar.set_postfix(score=scores[-1] if scores else "-",
+                                mean10=f"{np.mean(scores):.1f}" if scores else "-",
                                 updates=sum(run.updates), refresh=False)
             if run.step % config.save_every == 0 or run.step == config.steps:
                 run.save()
@@ -562,13 +585,13 @@ def play(agent, make_env, episodes, seed=0, progress=True):
     Every environment plays equally many episodes: taking the first so many that end would favour short ones.
     """
     n = max(d for d in range(1, 17) if episodes % d == 0)
-    # After an episode's end the next step resets, whatever the action: so the agent sees the end, then the
-    # start.
+    # After an episode's end the next step resets, whatever the action: the agent sees the end, then a start.
     envs = SyncVectorEnv([make_env] * n, autoreset_mode=AutoresetMode.NEXT_STEP)
     observation, _ = envs.reset(seed=seed)
     memory, returns, score = agent.initial_memory(n), [[] for _ in range(n)], np.zeros(n)
     reward, first, last, terminal = np.zeros(n), np.ones(n, bool), np.zeros(n, bool), np.zeros(n, bool)
-    with tqdm(total=episodes, desc="evaluation", unit="episode", disable=not progress, dynamic_ncols=True) as bar:
+    with tqdm(total=episodes, desc="evaluation", unit="episode", disable=not progress,
+              dynamic_ncols=True) as bar:
         while min(map(len, returns)) < episodes // n:
             memory, action, _ = agent.act(memory, observation, reward, first, last, terminal)
             observation, reward, terminal, truncated, _ = envs.step(action)
@@ -584,21 +607,22 @@ def play(agent, make_env, episodes, seed=0, progress=True):
 
 
 def result(config, step, seconds, curve, returns):
-    """What is known of a run, ready for a JSON file: settings, learning curve, returns of the evaluation, command."""
+    """What is known of a run, ready for a JSON file: settings, learning curve, final returns, command."""
     try:
-        commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=Path(__file__).parent, capture_output=True,
-                                text=True, check=True).stdout.strip()
+        commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=Path(__file__).parent,
+                                capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         commit = "unknown"
     random, human = REFERENCE.get(config.game, (None, None))
     mean = float(np.mean(returns))
+    error = float(np.std(returns, ddof=1) / len(returns) ** 0.5) if len(returns) > 1 else None
     return {"game": config.game, "levels": config.levels, "seed": config.seed, "preset": config.preset,
-            "agent_steps": step, "hours": round(seconds / 3600, 3), "mean": mean, "median": float(np.median(returns)),
-            "standard_error": float(np.std(returns, ddof=1) / len(returns) ** 0.5) if len(returns) > 1 else None,
+            "agent_steps": step, "hours": round(seconds / 3600, 3),
+            "mean": mean, "median": float(np.median(returns)), "standard_error": error,
             "random": random, "human": human,
             "human_normalised": None if human is None else (mean - random) / (human - random),
-            "protocol": f"{len(returns)} episodes, sampled actions, action repeat {Atari.REPEAT}, up to {Atari.NOOPS} no-ops,"
-                        f" no sticky actions, at most {Atari.MAX_FRAMES} frames",
+            "protocol": f"{len(returns)} episodes, sampled actions, action repeat {Atari.REPEAT},"
+                        f" up to {Atari.NOOPS} no-ops, no sticky actions, at most {Atari.MAX_FRAMES} frames",
             "returns": returns, "curve": curve, "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
             "commit": commit}
 
@@ -625,30 +649,36 @@ def main(argv):
         stored = checkpoint["config"]
         for name, value in dataclasses.asdict(config).items():
             if name in given and name not in RESUMABLE | {"logdir", "preset"} and value != stored[name]:
-                raise UsageError(f"--{name} {value} contradicts the run in {config.logdir}, which has {stored[name]}")
-        config = Config(**stored | {name: getattr(config, name) for name in (RESUMABLE & given.keys()) | {"logdir", "device"}})
+                raise UsageError(f"--{name} {value} contradicts the run in {config.logdir},"
+                                 f" which has {stored[name]}")
+        changed = (RESUMABLE & given.keys()) | {"logdir", "device"}
+        config = Config(**stored | {name: getattr(config, name) for name in changed})
     elif Path(config.logdir).is_dir() and any(Path(config.logdir).iterdir()):
-        raise UsageError(f"{config.logdir} already exists: add --resume to continue it, or choose another --logdir")
+        raise UsageError(f"{config.logdir} already exists:"
+                         " add --resume to continue it, or choose another --logdir")
     run = Run(config, Atari(config.game))
     try:
-        run.restore(checkpoint) if resume else run.save()  # from the first moment on there is something to resume
+        run.restore(checkpoint) if resume else run.save()  # from now on there is something to resume
     except OSError as error:
         raise UsageError(f"--logdir {config.logdir} cannot be used: {error.strerror}")
     except (LookupError, TypeError, ValueError, RuntimeError) as error:
         raise UsageError(f"{path} does not fit this program: {' '.join(str(error).split())[:200]}") from error
     parameters = sum(p.numel() for name, p in run.agent.named_parameters() if "slow" not in name)
-    print(f"Hieros: {config.game}, preset {config.preset}, {config.levels} levels, {parameters / 1e6:.1f} M parameters,"
-          f" device {config.device}, writing to {config.logdir}" + (f", resumed at step {run.step}" if resume else ""))
+    print(f"Hieros: {config.game}, preset {config.preset}, {config.levels} levels,"
+          f" {parameters / 1e6:.1f} M parameters, device {config.device}, writing to {config.logdir}"
+          + (f", resumed at step {run.step}" if resume else ""))
     try:
         number = train(run)
     except OSError as error:
-        raise UsageError(f"{config.logdir} cannot be written ({error.strerror}); its last checkpoint is intact: make room,"
-                         f" then python train.py --logdir {config.logdir} --resume")
+        raise UsageError(f"{config.logdir} cannot be written ({error.strerror});"
+                         " its last checkpoint is intact: make room, then"
+                         f" python train.py --logdir {config.logdir} --resume")
     except FloatingPointError as error:
         print(f"train.py: {error}", file=sys.stderr)
         return 1
     if number:
-        print(f"stopped at step {run.step}, saved; continue with: python train.py --logdir {config.logdir} --resume")
+        print(f"stopped at step {run.step}, saved;"
+              f" continue with: python train.py --logdir {config.logdir} --resume")
         return 128 + number
     with autocast(config):
         returns = play(run.agent, lambda: Atari(config.game), config.eval_episodes, config.seed)

@@ -11,8 +11,8 @@ not before z_{t-1}: training walks through time. Here all z_t come from the obse
 turns them into all h_t at once, and training is parallel over time. When it dreams, z^_t of the prior takes
 the place of z_t.
 
-Paper: Hieros (Mattes et al. 2024, arXiv 2310.05167), Section 3.1; DreamerV3 (Hafner et al. 2023, arXiv
-2301.04104) for symlog, two-hot, unimix and the KL balance. Read s5.py before, hierarchy.py after.
+Paper: Hieros (Mattes et al. 2024, arXiv 2310.05167), Section 3.1; DreamerV3 (Hafner et al. 2023,
+arXiv 2301.04104) for symlog, two-hot, unimix and the KL balance. Read s5.py before, hierarchy.py after.
 
 Symbols (the same in every file):
     B, T     batch of sequences, time steps
@@ -38,7 +38,7 @@ from s5 import S5Stack, real_view
 # ------------------------------------------------------------------------------------------------------------
 
 def symlog(x):
-    """sign(x) log(1 + |x|): linear near zero, logarithmic far out, so that one network fits any reward scale."""
+    """sign(x) log(1 + |x|): linear near zero, logarithmic far out, so one network fits any reward scale."""
     return torch.sign(x) * torch.log1p(torch.abs(x))
 
 
@@ -67,7 +67,8 @@ class TwoHot(nn.Module):
         """Cross-entropy to the two-hot code of `target` (...): the code itself, 255 wide, is never built."""
         position = (symlog(target) - self.low) / self.width
         position = position.clamp(0, len(self.bins) - 1)
-        below = position.long().clamp(0, len(self.bins) - 2)  # a target of NaN must stay a NaN, not become an index
+        # A target of NaN must stay a NaN, not become an index.
+        below = position.long().clamp(0, len(self.bins) - 2)
         weight = position - below  # of the bin above
         log_p = torch.log_softmax(logits, -1)
         near = log_p.gather(-1, torch.stack([below, below + 1], -1))
@@ -75,7 +76,7 @@ class TwoHot(nn.Module):
 
 
 def unimix(logits, share=0.01):
-    """Log-probabilities of `share` uniform and the rest softmax: no class is ever impossible, no KL infinite."""
+    """Log-probabilities of `share` uniform, the rest softmax: no class is ever impossible, no KL infinite."""
     return torch.log((1 - share) * torch.softmax(logits, -1) + share / logits.shape[-1])
 
 
@@ -83,11 +84,11 @@ def sample_onehot(log_p):
     """One-hot samples of categoricals (..., classes), by one uniform number each.
 
     The inverse of the cumulative distribution: the class is how many cumulated probabilities lie below u. The
-    usual Gumbel trick draws a number a *class*, and on a CPU random numbers are the dearest operation there
-    is.
+    usual Gumbel trick draws a number a *class*, and on a CPU random numbers are the dearest operation of all.
     """
     u = torch.rand(log_p.shape[:-1], device=log_p.device, dtype=log_p.dtype)[..., None]
-    index = (log_p.exp().cumsum(-1) < u).sum(-1, keepdim=True).clamp(max=log_p.shape[-1] - 1)  # u may round up to 1
+    index = (log_p.exp().cumsum(-1) < u).sum(-1, keepdim=True)
+    index = index.clamp(max=log_p.shape[-1] - 1)  # u may round up to 1
     return torch.zeros_like(log_p).scatter_(-1, index, 1.0)
 
 
@@ -145,7 +146,7 @@ class ChannelNorm(nn.LayerNorm):
 
 
 class ImageEncoder(nn.Sequential):
-    """(N,3,64,64) -> (N,features): convolutions of kernel 4 and stride 2 down to 4x4, channels depth * 1, 2, 4, 8.
+    """(N,3,64,64) -> (N,features): convolutions, kernel 4, stride 2 down to 4x4; channels depth * 1, 2, 4, 8.
 
     first_stride 4 drops the first, dearest layer: kernel 8 and stride 4 lead from 64 to 16 at once.
     """
@@ -154,15 +155,15 @@ class ImageEncoder(nn.Sequential):
         strides = [2] * 4 if first_stride == 2 else [4, 2, 2]
         channels, layers = [3] + [depth * 2 ** i for i in range(len(strides))], []
         for inputs, outputs, s in zip(channels, channels[1:], strides):
-            layers += [nn.Conv2d(inputs, outputs, 2 * s, s, s // 2, bias=False), ChannelNorm(outputs), nn.SiLU()]
+            convolution = nn.Conv2d(inputs, outputs, 2 * s, s, s // 2, bias=False)
+            layers += [convolution, ChannelNorm(outputs), nn.SiLU()]
         super().__init__(*layers, nn.Flatten())
         self.features = channels[-1] * 16
 
 
 class ImageDecoder(nn.Sequential):
     """(N,inputs) -> (N,3,64,64), the encoder mirrored. With first_stride 4 each of 16x16 places paints its
-    own 4x4 patch, a matrix product, since overlapping kernels of 8x8 would make this layer cost more than all
-    others."""
+    own 4x4 patch, a matrix product: overlapping kernels of 8x8 would cost more than all other layers."""
 
     def __init__(self, inputs, depth, first_stride=2):
         strides = [2] * 4 if first_stride == 2 else [2, 2, 4]
@@ -184,7 +185,7 @@ class ImageDecoder(nn.Sequential):
 # ------------------------------------------------------------------------------------------------------------
 
 class State(NamedTuple):
-    """One state of a world model, or (B,T) or (horizon,N) of them; every field has the same leading dimensions."""
+    """One state of a world model, or (B,T) or (horizon,N) of them; the fields share leading dimensions."""
     x: torch.Tensor        # (..., layers, P/2) complex  what the recurrence carries on
     z: torch.Tensor        # (..., 32, 32)               one-hot
     h: torch.Tensor        # (..., H)
@@ -197,21 +198,21 @@ class State(NamedTuple):
         return State(*map(function, self))
 
     def feature(self):
-        """What actor and critics see: [z, h, symlog(r^), symlog(c^), symlog(entropy)], (..., feature_size)."""
+        """What actor and critics see: [z, h, symlog(r^), symlog(c^), symlog(entropy)] (..., feature_size)."""
         scalars = torch.stack([self.reward, self.cont, self.entropy], -1)
         return torch.cat([self.z.flatten(-2), self.h, symlog(scalars)], -1)
 
 
 class WorldModel(nn.Module):
-    """S5WM for observations of `observation_shape`, (3,64,64) or (D,), and one-hot actions of `action_size` numbers.
+    """S5WM for observations of `observation_shape`, (3,64,64) or (D,), and actions of `action_size` numbers.
 
     stoch, classes: number of categoricals in z and their classes. hidden: H, the size of h and the features
     of the S5 layers. state_size, s5_layers: P and the number of S5 layers. units, mlp_layers: the MLPs.
     depth, first_stride: the CNN, where the observation is an image.
     """
 
-    def __init__(self, observation_shape, action_size, stoch=32, classes=32, hidden=256, state_size=128, s5_layers=8,
-                 units=256, mlp_layers=2, depth=24, first_stride=2):
+    def __init__(self, observation_shape, action_size, stoch=32, classes=32, hidden=256, state_size=128,
+                 s5_layers=8, units=256, mlp_layers=2, depth=24, first_stride=2):
         super().__init__()
         self.observation_shape, self.action_size = tuple(observation_shape), action_size
         self.z_shape, self.hidden = (stoch, classes), hidden
@@ -283,7 +284,7 @@ class WorldModel(nn.Module):
         return m, x, self._h(x)
 
     def step(self, x, z, action, observation):
-        """Acting: from (x_{t-1}, z_{t-1}, a_{t-1}) and o_t to the State at t. At an episode's start pass zeros."""
+        """Acting: from (x_{t-1}, z_{t-1}, a_{t-1}) and o_t to the State at t. Zeros at an episode's start."""
         _, x, h = self.advance(x, z, action)
         log_q = self.posterior(observation)
         return self._state(x, sample_onehot(log_q), h, log_q)
@@ -322,7 +323,8 @@ class WorldModel(nn.Module):
         losses = {
             "reconstruction": (reconstruction - observation).square().flatten(2).sum(-1),
             "reward": self.twohot.loss(reward_logits, reward),
-            "continue": F.binary_cross_entropy_with_logits(cont_logit, (~is_terminal).float(), reduction="none"),
+            "continue": F.binary_cross_entropy_with_logits(cont_logit, (~is_terminal).float(),
+                                                           reduction="none"),
         }
         losses["kl"], divergence = kl_balance(log_q, log_p)
         losses = {name: value.mean() for name, value in losses.items()}
@@ -396,7 +398,8 @@ if __name__ == "__main__":  # a demonstration: a dot runs round a ring; which wa
         loss.backward()
         optimiser.step()
         if i % 100 == 0:
-            print(f"update {i:3d}   reconstruction {metrics['model/reconstruction_loss']:.3f}   KL {metrics['model/kl']:.2f}")
+            print(f"update {i:3d}   reconstruction {metrics['model/reconstruction_loss']:.3f}"
+                  f"   KL {metrics['model/kl']:.2f}")
     observation, action, first = batch(1)
     dream = model.predict(observation, action, first)[0].argmax(-1)
     print("\naction   ", " ".join("<>"[i] for i in action.argmax(-1)[0]))
