@@ -287,6 +287,17 @@ def test_image_networks_mirror_each_other(first_stride):
         WorldModel((3, 32, 32), 2, **TINY)
 
 
+def test_an_untrained_model_paints_the_mean_of_what_it_has_seen():
+    """Encoder and decoder deal with what differs from the running mean, and start from exactly that mean."""
+    for shape in ((6,), (3, 64, 64)):
+        model, batches = WorldModel(shape, 3, **TINY), torch.rand(5, 2, 4, *shape)
+        for batch in batches:
+            model.centre(batch)
+        assert torch.allclose(model.mean, batches.mean((0, 1, 2)), atol=1e-5)
+        painted = model.decode(torch.rand(1, 4, 8), torch.randn(1, 32))
+        assert torch.allclose(painted[0], model.mean) and painted.shape == (1, *shape)
+
+
 def test_world_model_overfits_one_batch_of_images():
     """Every head can learn: on one batch of images, rewards and ends all losses fall to nearly nothing."""
     model = WorldModel((3, 64, 64), 3, **TINY | dict(units=64, hidden=64, depth=16))

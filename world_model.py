@@ -204,7 +204,7 @@ class State(NamedTuple):
 
 
 class WorldModel(nn.Module):
-    """S5WM for observations of `observation_shape`, (3,64,64) or (D,), and actions of `action_size` numbers.
+    """S5WM for observations of `observation_shape`, (3,64,64) or (D,), one-hot actions (..., action_size).
 
     stoch, classes: number of categoricals in z and their classes. hidden: H, the size of h and the features
     of the S5 layers. state_size, s5_layers: P and the number of S5 layers. units, mlp_layers: the MLPs.
@@ -249,9 +249,9 @@ class WorldModel(nn.Module):
         """Let the running mean of the observations follow a batch (B,T,...).
 
         Encoder and decoder see only what differs from the mean, and the decoder starts at zero. Without this
-        the first thousand updates paint the static background, in which a ball of four pixels is lost: the
-        encoder's output hardly depends on the frame, z says nothing, so the decoder ignores it, so nothing
-        teaches the encoder.
+        hundreds of updates go into the static background, in which a ball of four pixels is lost: the encoder's
+        output hardly depends on the frame, z says nothing, so the decoder ignores it, so nothing teaches the
+        encoder.
         """
         self.batches += 1
         self.mean += torch.clamp(1 / self.batches, min=1e-3) * (observation.mean((0, 1)) - self.mean)
