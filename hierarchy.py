@@ -103,7 +103,7 @@ class SubgoalAutoencoder(nn.Module):
         return self.decoder(code).float()
 
     def loss(self, h):
-        """Returns (squared error + 0.5 KL(code || uniform), novelty (...): mean squared error of each state)."""
+        """Returns (squared error + 0.5 KL(code || uniform), novelty (...): mean squared error of a state)."""
         log_q = unimix(self.encoder(h).float().unflatten(-1, self.code_shape))
         error = (self.decode(straight_through(log_q).flatten(-2)) - h).square()
         # KL to the uniform distribution = its entropy minus ours. It keeps all codes in use, so that whatever

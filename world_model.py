@@ -249,9 +249,9 @@ class WorldModel(nn.Module):
         """Let the running mean of the observations follow a batch (B,T,...).
 
         Encoder and decoder see only what differs from the mean, and the decoder starts at zero. Without this
-        hundreds of updates go into the static background, in which a ball of four pixels is lost: the encoder's
-        output hardly depends on the frame, z says nothing, so the decoder ignores it, so nothing teaches the
-        encoder.
+        hundreds of updates go into the static background, in which a ball of four pixels is lost: the
+        encoder's output hardly depends on the frame, z says nothing, so the decoder ignores it, so nothing
+        teaches the encoder.
         """
         self.batches += 1
         self.mean += torch.clamp(1 / self.batches, min=1e-3) * (observation.mean((0, 1)) - self.mean)
