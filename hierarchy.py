@@ -11,7 +11,7 @@ its action is a *subgoal* for level i: a point in level i's own state space wher
 Within one env step information first flows up (each ticking level updates its state), then intentions flow
 down (each ticking level chooses; its choice is held by the level below until the next tick; level 0 acts).
 
-Papers: Hieros (Mattes et al. 2024, arXiv 2310.05167), Section 3.2 and 3.3; Director (Hafner et al. 2022,
+Papers: Hieros (Mattes et al. 2024, arXiv 2310.05167), Director (Hafner et al. 2022,
 arXiv 2206.04114) for subgoal autoencoder and cosine-max; DreamerV3 (arXiv 2301.04104) for the actor-critic.
 Read world_model.py before.
 
@@ -85,7 +85,7 @@ class ReturnNormaliser(nn.Module):
 # ------------------------------------------------------------------------------------------------------------
 
 class SubgoalAutoencoder(nn.Module):
-    """Compresses h to a code of 8 x 8 one-hots and back. One network, two jobs (Hieros, Section 3.2).
+    """Compresses h to a code of 8 x 8 one-hots and back. One network, two jobs (Hieros, Director).
 
     *Decoding*: the level above acts by choosing a code; this decoder says which h it stands for.
     *Novelty*: h is reconstructed badly where the level has seldom been.

@@ -4,7 +4,7 @@ The problem. One step is added and one sequence is drawn, uniformly, at each ste
 be drawn at steps i ... n, so by now it has been drawn 1/i + ... + 1/n ~ ln(n/i) times: the first experiences,
 made by an agent that could do nothing, are used again and again, and the newest hardly at all.
 
-The remedy (Hieros, Section 3.4). The expected counts have, over x in (0, n], the density ln(n/x)/n and the
+The remedy (Hieros). The expected counts have, over x in (0, n], the density ln(n/x)/n and the
 cumulative distribution F(u) = u (1 - ln u) with u = x/n. Pushing a uniform number through F moves it towards
 the new end by about as much as uniform sampling favours the old one. In closed form, O(1) a draw, with a
 temperature tau that leads from uniform (0) to all of that (1):

@@ -100,7 +100,7 @@ def hippo_n(size):
 
     HiPPO-LegS is the matrix that makes a state remember its whole input history as Legendre coefficients. Its
     normal part is -1/2 I + S with S skew-symmetric, S_nk = -1/2 sqrt((2n+1)(2k+1)) sign(n-k), so its
-    eigenvalues are -1/2 + i w in conjugate pairs (S5, Section 3.2 and Appendix B). One of each pair is
+    eigenvalues are -1/2 + i w in conjugate pairs (S5, Appendix B). One of each pair is
     enough: the other's contribution to a real output is its complex conjugate.
     """
     n = torch.arange(size, dtype=torch.float64)
@@ -202,7 +202,7 @@ class S5Layer(nn.Module):
 
 
 class S5Block(nn.Module):
-    """LayerNorm -> S5Layer -> GELU -> gate, around a residual connection (S5, Section 4 and Appendix G).
+    """LayerNorm -> S5Layer -> GELU -> gate, around a residual connection (S5).
 
     The nonlinearity stands here, between the layers, where it does not stop the scan.
     """

@@ -39,7 +39,7 @@ def setting(default, help, low=None, high=None, choices=None):
 @dataclasses.dataclass
 class Config:
     """Every setting of a run; each is a flag of the command line. The defaults are the preset `paper`: the
-    values of Hieros, Appendix "Hyperparameters", unless the help text says otherwise."""
+    values of Hieros, unless the help text says otherwise."""
 
     game: str = setting("pong", "Atari game, in any spelling: pong, ms_pacman, MsPacman")
     preset: str = setting("auto", "paper, cpu (about an hour on two cores), debug (under a minute), or auto:"

@@ -11,7 +11,7 @@ not before z_{t-1}: training walks through time. Here all z_t come from the obse
 turns them into all h_t at once, and training is parallel over time. When it dreams, z^_t of the prior takes
 the place of z_t.
 
-Paper: Hieros (Mattes et al. 2024, arXiv 2310.05167), Section 3.1; DreamerV3 (Hafner et al. 2023,
+Paper: Hieros (Mattes et al. 2024, arXiv 2310.05167); DreamerV3 (Hafner et al. 2023,
 arXiv 2301.04104) for symlog, two-hot, unimix and the KL balance. Read s5.py before, hierarchy.py after.
 
 Symbols (the same in every file):
@@ -265,7 +265,7 @@ class WorldModel(nn.Module):
         return unimix(self.prior_head(m).float().unflatten(-1, self.z_shape))
 
     def _h(self, x):
-        # h is read from the state, not from the output m: the state is what remembers (Hieros, Section 3.1).
+        # h is read from the state, not from the output m: the state is what remembers (Hieros).
         return symlog(self.h_from_x(real_view(x.flatten(-2))).float())
 
     def _outcome(self, z, h):
