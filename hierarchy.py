@@ -11,7 +11,7 @@ its action is a *subgoal* for level i: a point in level i's own state space wher
 Within one env step information first flows up (each ticking level updates its state), then intentions flow
 down (each ticking level chooses; its choice is held by the level below until the next tick; level 0 acts).
 
-Papers: Hieros (Mattes et al. 2024, arXiv 2310.05167), Director (Hafner et al. 2022,
+Papers: Hieros (Mattes et al. 2024, arXiv 2310.05167); Director (Hafner et al. 2022,
 arXiv 2206.04114) for subgoal autoencoder and cosine-max; DreamerV3 (arXiv 2301.04104) for the actor-critic.
 Read world_model.py before.
 

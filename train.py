@@ -10,6 +10,7 @@ import dataclasses
 import difflib
 import json
 import os
+import pickle
 import signal
 import subprocess
 import sys
@@ -340,7 +341,8 @@ def load_checkpoint(path, device):
     except FileNotFoundError:
         raise UsageError(f"{path} does not exist:"
                          " this is not the directory of a run, or it has no checkpoint yet")
-    except Exception as error:  # whatever a damaged file makes of torch.load: users need to know which file
+    except (pickle.UnpicklingError, RuntimeError, EOFError, LookupError, TypeError, ValueError,
+            AttributeError, OSError) as error:  # what damaged files make of torch.load: users need to know which file
         raise UsageError(f"{path} is not a checkpoint of this program,"
                          f" or is damaged ({type(error).__name__})") from error
 
