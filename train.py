@@ -342,7 +342,7 @@ def load_checkpoint(path, device):
         raise UsageError(f"{path} does not exist:"
                          " this is not the directory of a run, or it has no checkpoint yet")
     except (pickle.UnpicklingError, RuntimeError, EOFError, LookupError, TypeError, ValueError,
-            AttributeError, OSError) as error:  # what damaged files make of torch.load: users need to know which file
+            AttributeError, OSError) as error:  # what torch.load makes of damaged files
         raise UsageError(f"{path} is not a checkpoint of this program,"
                          f" or is damaged ({type(error).__name__})") from error
 
