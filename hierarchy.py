@@ -28,7 +28,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from world_model import MLP, TwoHot, WorldModel, entropy, sample_onehot, straight_through, symlog, unimix
+from world_model import MLP, TwoHot, WorldModel, entropy, sample_onehot, straight_through, symexp, symlog, unimix
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -49,11 +49,10 @@ def lambda_return(reward, discount, value, lam):
 
     reward, discount, value: (horizon, ...) at states 1 ... horizon. Returns R at states 0 ... horizon-1.
     """
-    returns, last = [], value[-1]
+    returns, now, later = [value[-1]], reward + (1 - lam) * discount * value, lam * discount
     for t in reversed(range(len(reward))):
-        last = reward[t] + discount[t] * ((1 - lam) * value[t] + lam * last)
-        returns.append(last)
-    return torch.stack(returns[::-1])
+        returns.append(torch.addcmul(now[t], later[t], returns[-1]))
+    return torch.stack(returns[:0:-1])
 
 
 class ReturnNormaliser(nn.Module):
@@ -104,12 +103,12 @@ class SubgoalAutoencoder(nn.Module):
 
     def loss(self, h):
         """Returns (squared error + 0.5 KL(code || uniform), novelty (...): mean squared error of a state)."""
-        log_q = unimix(self.encoder(h).float().unflatten(-1, self.code_shape))
-        error = (self.decode(straight_through(log_q).flatten(-2)) - h).square()
+        q = unimix(self.encoder(h).float().unflatten(-1, self.code_shape))
+        error = (self.decode(straight_through(q).flatten(-2)) - h).square()
         # KL to the uniform distribution = its entropy minus ours. It keeps all codes in use, so that whatever
         # the level above chooses means something.
         uniform = self.code_shape[0] * np.log(self.code_shape[1])
-        return (error.sum(-1) + 0.5 * (uniform - entropy(log_q))).mean(), error.mean(-1).detach()
+        return (error.sum(-1) + 0.5 * (uniform - entropy(q))).mean(), error.mean(-1).detach()
 
 
 class Actor(nn.Module):
@@ -121,7 +120,7 @@ class Actor(nn.Module):
         self.net = MLP(inputs, action_shape[0] * action_shape[1], units, mlp_layers, zero_init=True)
 
     def forward(self, feature):
-        """(..., inputs) -> log-probabilities (..., n, classes)."""
+        """(..., inputs) -> probabilities (..., n, classes)."""
         return unimix(self.net(feature).float().unflatten(-1, self.action_shape))
 
 
@@ -201,7 +200,7 @@ class Level(nn.Module):
 
     def policy(self, state, subgoal):
         """Draw an action (N, n*classes) for N States and subgoal codes (N, 8*8)."""
-        return sample_onehot(self.actor(torch.cat([state.feature(), subgoal], -1))).flatten(-2)
+        return sample_onehot(self.actor(state.feature(subgoal))).flatten(-2)
 
     def dense(self, batch):
         """The observation of a replay batch as the world model sees it: floats, one-hot, stacked."""
@@ -236,7 +235,7 @@ class Level(nn.Module):
                                                    self.horizon)
 
         # 3. Rewards of the states 1 ... horizon; the autoencoder learns on the way.
-        reward = {"extrinsic": states.reward[1:]}
+        reward = {"extrinsic": symexp(states.reward[1:])}
         if len(self.rewards) > 1:  # there is a level above or below; a flat agent has no use for subgoals
             loss, reward["novelty"] = self.autoencoder.loss(states.h[1:])
             metrics["autoencoder/loss"] = loss.detach()
@@ -247,7 +246,7 @@ class Level(nn.Module):
         reward = torch.stack([reward[name] for name in self.rewards], -1)  # (horizon, N, R)
 
         # 4. Actor and critics.
-        feature = torch.cat([states.feature(), subgoal.expand(len(states.h), -1, -1)], -1)
+        feature = states.feature(subgoal.expand(len(states.h), -1, -1))
         metrics |= self._behave(feature, actions, reward, self.gamma * states.cont[1:], alive)
         return metrics
 
@@ -256,34 +255,34 @@ class Level(nn.Module):
         twohot = self.critics.twohot
         logits = self.critics(feature)  # (horizon+1, N, R, bins): evaluated once, with gradients
         with torch.no_grad():
-            value = twohot.mean(logits)  # (horizon+1, N, R)
+            value = symexp(twohot.mean(logits))  # (horizon+1, N, R)
             returns = lambda_return(reward, discount[..., None], value[1:], self.lam)
             scale = self.normaliser(returns)
             advantage = ((returns - value[:-1]) / scale * self.weights).sum(-1)  # (horizon, N)
             # How likely it is that the episode has not ended before state t.
             weight = torch.cumprod(torch.cat([alive[None], discount[:-1]]), 0)
-            slow_value = twohot.mean(self.slow_critics(feature[:-1]))
+            slow_value = symexp(twohot.mean(self.slow_critics(feature[:-1])))
 
-        log_p = self.actor(feature[:-1])  # (horizon, N, n, classes)
+        p = self.actor(feature[:-1])  # (horizon, N, n, classes)
         # The joint probability of n independent choices: their log-probabilities are summed.
-        log_prob = (log_p * actions.unflatten(-1, self.action_shape)).sum((-2, -1))
-        policy_entropy = entropy(log_p)
+        log_prob = (p * actions.unflatten(-1, self.action_shape)).sum(-1).log().sum(-1)
+        policy_entropy = entropy(p)
         actor_loss = -(weight * (log_prob * advantage + self.entropy_scale * policy_entropy)).mean()
         # The slow copy holds the critic back, or it would chase its own bootstrapped predictions.
-        critic_loss = twohot.loss(logits[:-1], returns) + twohot.loss(logits[:-1], slow_value)
+        critic_loss = twohot.loss(logits[:-1], returns, slow_value)
         critic_loss = (weight[..., None] * critic_loss).mean((0, 1))  # (horizon, N, R) -> (R,)
 
         metrics = {"actor/loss": actor_loss.detach(), "actor/entropy": policy_entropy.detach().mean(),
                    "actor/advantage_std": advantage.std(),
                    "actor/grad_norm": self.optimisers["actor"].step(actor_loss),
                    "critic/grad_norm": self.optimisers["critic"].step(critic_loss.sum())}
-        for i, name in enumerate(self.rewards):
-            metrics |= {f"reward/{name}": reward[..., i].mean(), f"return/{name}": returns[..., i].mean(),
-                        f"value/{name}": value[..., i].mean(), f"return_scale/{name}": scale[i],
-                        f"critic/loss_{name}": critic_loss[i].detach()}
+        for kind, values in {"reward": reward.mean((0, 1)), "return": returns.mean((0, 1)),
+                             "value": value.mean((0, 1)), "return_scale": scale,
+                             "critic": critic_loss.detach()}.items():
+            metrics |= {f"{kind}/{name}": values[i] for i, name in enumerate(self.rewards)}
         with torch.no_grad():
-            for slow, fast in zip(self.slow_critics.parameters(), self.critics.parameters()):
-                slow.lerp_(fast, self.slow)
+            torch._foreach_lerp_(list(self.slow_critics.parameters()), list(self.critics.parameters()),
+                                 self.slow)  # one launch for all of them
         return metrics
 
 

@@ -28,67 +28,79 @@ from torch import nn
 # The recurrence x_t = a_t x_{t-1} + b_t, twice: slowly (to read) and in parallel (to use)
 # ------------------------------------------------------------------------------------------------------------
 
-def scan_sequential(a, b):
-    """What `scan` computes, step after step: x_t = a_t x_{t-1} + b_t with x_{-1} = 0. All (B,T,...)."""
-    x, states = torch.zeros_like(b[:, 0]), []
+def scan_sequential(a, b, initial):
+    """What `scan` computes, step after step: x_t = a_t x_{t-1} + b_t from x_{-1} = initial."""
+    x, states = initial, []
     for t in range(b.shape[1]):
         x = a[:, t] * x + b[:, t]
         states.append(x)
     return torch.stack(states, 1)
 
 
-def _prefix(a, b, reverse=False):
-    """The same in ceil(log2(T)) rounds. Two neighbouring steps compose into one step of the same form,
+def products(a):
+    """Of the factors a (B,T,...): [(B,T-n,...) for n = 1, 2, 4, ... < T], the products of n neighbours, where
+    entry i is a_{i+1} ... a_{i+n}: what carries the state over n steps, from i to i + n."""
+    result, n = [], 1
+    while n < a.shape[1]:
+        # Two strides of n/2 make one of n.
+        result.append(result[-1][:, n // 2:] * result[-1][:, :-(n // 2)] if result else a[:, 1:])
+        n *= 2
+    return result
+
+
+def _prefix(strides, x, reverse=False):
+    """The same from b = x (B,T,...), in place, in ceil(log2(T)) rounds. Two neighbouring steps compose into
+    one step of the same form,
 
         (a_2, b_2) o (a_1, b_1) = (a_2 a_1,  a_2 b_1 + b_2)        (S5, Section 2.2)
 
     so after the round with offset n, entry t holds the composition of the 2n steps that end at t. Any T
-    works: an entry with fewer than 2n steps before it is already complete and is left alone.
+    works: an entry with fewer than 2n steps before it is already complete and is left alone. strides: what
+    `products` returned. With reverse, time runs backwards: x_t = a_{t+1} x_{t+1} + b_t.
     """
-    a, b = a.clone(), b.clone()
-    T, offset = b.shape[1], 1
-    while offset < T:
-        earlier, later = slice(None, -offset), slice(offset, None)
-        if reverse:  # time runs backwards: what is "earlier" stands behind
-            earlier, later = later, earlier
-        b[:, later] += a[:, later] * b[:, earlier]  # the product is complete before anything is overwritten
-        if 2 * offset < T:
-            a[:, later] = a[:, later] * a[:, earlier]
-        offset *= 2
-    return b
+    for a in strides:
+        n = x.shape[1] - a.shape[1]
+        earlier, later = (x[:, n:], x[:, :-n]) if reverse else (x[:, :-n], x[:, n:])
+        later.add_(a * earlier)  # the product is complete before anything is overwritten
+    return x
 
 
 class _Scan(torch.autograd.Function):
     """The parallel scan with its own backward: autograd would store the intermediates of every round.
 
-    The adjoint of a linear recurrence is the same recurrence run backwards in time:
+    The adjoint of a linear recurrence is the same recurrence run backwards in time,
         dx_t = g_t + conj(a_{t+1}) dx_{t+1}        da_t = dx_t conj(x_{t-1})        db_t = dx_t
+    and its conjugate has the a_t themselves as factors, whose products are at hand.
     """
 
     @staticmethod
-    def forward(ctx, a, b):
-        x = _prefix(a, b)
-        ctx.save_for_backward(a, x)
+    def forward(ctx, a, b, initial, *strides):
+        x = b.clone()
+        x[:, 0].addcmul_(a[:, 0], initial)  # the state before the sequence is part of the first input
+        _prefix(strides, x)
+        ctx.save_for_backward(a, x, initial, *strides)
         return x
 
     @staticmethod
     def backward(ctx, grad):
-        a, x = ctx.saved_tensors
-        zero = torch.zeros_like(x[:, :1])
-        a_next = torch.cat([a[:, 1:].conj(), zero], 1)
-        x_previous = torch.cat([zero, x[:, :-1]], 1)
-        dx = _prefix(a_next, grad, reverse=True)
-        return dx * x_previous.conj(), dx
+        a, x, initial, *strides = ctx.saved_tensors
+        conj_dx = _prefix(strides, torch.conj_physical(grad), reverse=True)
+        da = torch.conj_physical(conj_dx * torch.cat([initial[:, None], x[:, :-1]], 1))
+        dx = torch.conj_physical(conj_dx)
+        d_initial = dx[:, 0] * a[:, 0].conj() if ctx.needs_input_grad[2] else None
+        return da, dx, d_initial, *[None] * len(strides)
 
 
-def scan(a, b):
-    """All states of x_t = a_t x_{t-1} + b_t with x_{-1} = 0, in parallel over time.
+def scan(a, b, initial, strides=None):
+    """All states of x_t = a_t x_{t-1} + b_t with x_{-1} = initial, in parallel over time.
 
-    a, b: (B,T,...) of one shape and dtype, real or complex, else ValueError. Returns x of that shape.
+    a, b: (B,T,...) of one shape and dtype, real or complex, initial: (B,...), else ValueError. strides: what
+    `products(a)` returned, if at hand. Returns x of the shape of b.
     """
-    if a.shape != b.shape:
-        raise ValueError(f"scan needs a and b of one shape, got {tuple(a.shape)} and {tuple(b.shape)}")
-    return _Scan.apply(a, b)
+    if a.shape != b.shape or initial.shape != b[:, 0].shape:
+        raise ValueError(f"scan needs a and b of one shape and a state of theirs without time, got"
+                         f" {tuple(a.shape)}, {tuple(b.shape)} and {tuple(initial.shape)}")
+    return _Scan.apply(a, b, initial, *(products(a.detach()) if strides is None else strides))
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -113,6 +125,25 @@ def hippo_n(size):
 def real_view(x):
     """(..., N) complex -> (..., 2N) real, [Re, Im] interleaved; no copy."""
     return torch.view_as_real(x).flatten(-2)
+
+
+def complex_view(x):
+    """The inverse of real_view: (..., 2N) real -> (..., N) complex; no copy."""
+    return torch.view_as_complex(x.unflatten(-1, (-1, 2)))
+
+
+def zero_order_hold(log_decay, frequency, log_Delta, B):
+    """Discretise a layer: its input is held for Delta (S5, Section 2.1).
+
+        Lambda_bar = exp(Lambda Delta)        B_bar = Lambda^-1 (Lambda_bar - 1) B_tilde
+
+    The parameters of an S5Layer, or of several stacked in front -> Lambda_bar (...,P/2) complex and B_bar
+    (...,H,P) real, laid out as S5Layer.B.
+    """
+    Lambda = torch.complex(-torch.exp(log_decay), frequency)
+    Lambda_bar = torch.exp(Lambda * torch.exp(log_Delta))
+    scale = (Lambda_bar - 1) / Lambda
+    return Lambda_bar, real_view(scale[..., None, :] * complex_view(B))
 
 
 class S5Layer(nn.Module):
@@ -147,58 +178,22 @@ class S5Layer(nn.Module):
         # 0.3, and whatever reads the state sees almost nothing at first. Divide that out: unit variance at
         # any step size.
         B_tilde = B_tilde * torch.exp(-0.5 * self.log_Delta.detach())[:, None]
-        self.B = nn.Parameter(torch.view_as_real(B_tilde).transpose(1, 2).flatten(0, 1).float())  # (P, H)
-        self.C = nn.Parameter(real_view(2 * C_tilde.conj_physical()).float())  # (H, P)
+        self.B = nn.Parameter(real_view(B_tilde.T.contiguous()).float())  # (H, P): u @ B is B_tilde u
+        self.C = nn.Parameter(real_view(2 * C_tilde.conj_physical()).T.contiguous().float())  # (P, H)
         self.D = nn.Parameter(torch.randn(features))
 
-    def discretise(self):
-        """Zero-order hold: the input is held for Delta (S5, Section 2.1).
+    # Both modes get what does not depend on the input from S5Stack, which computes it for all layers at once.
 
-            Lambda_bar = exp(Lambda Delta)        B_bar = scale B_tilde, scale = Lambda^-1 (Lambda_bar - 1)
+    def forward(self, u, state, a, B_bar, strides=None):
+        """A whole sequence in parallel: u (B,T,H), the state before it (B,P/2), the factors a (B,T,P/2) and
+        their products if at hand, B_bar (H,P). Returns y (B,T,H) and *all* states (B,T,P/2)."""
+        x = scan(a, complex_view(u @ B_bar), state, strides)
+        return real_view(x) @ self.C + self.D * u, x
 
-        Returns (Lambda_bar, scale), both (P/2,) complex: B_bar u = scale * (B_tilde u), so the matrix itself
-        is never rebuilt. A rollout calls this once and hands the result to every `step`.
-        """
-        Lambda = torch.complex(-torch.exp(self.log_decay), self.frequency)
-        Lambda_bar = torch.exp(Lambda * torch.exp(self.log_Delta))
-        return Lambda_bar, (Lambda_bar - 1) / Lambda
-
-    def _drive(self, u, scale):
-        """B_bar u, (..., H) -> (..., P/2) complex. The state stays float32 under bfloat16 autocast."""
-        return scale * torch.view_as_complex(F.linear(u, self.B).float().unflatten(-1, (-1, 2)))
-
-    def _read(self, x, u):
-        """y = 2 Re(C_tilde x) + D u."""
-        return F.linear(real_view(x), self.C) + self.D * u
-
-    def forward(self, u, state, reset):
-        """A whole sequence in parallel. u: (B,T,H); state before it: (B,P/2) complex; reset: (B,T) bool.
-
-        Where reset is true the state forgets everything before that step. That needs no third element in the
-        scan's operator (as in Lu et al. 2023): with a_t = 0 nothing earlier reaches x_t, in values or in
-        gradients. Returns y (B,T,H) and *all* states (B,T,P/2). Raises ValueError when the shapes do not fit.
-        """
-        B, T, H = u.shape
-        if H != len(self.D) or state.shape != (B, len(self.log_decay)) or reset.shape != (B, T):
-            raise ValueError(f"S5Layer of H={len(self.D)}, P/2={len(self.log_decay)} got u {tuple(u.shape)}, "
-                             f"state {tuple(state.shape)}, reset {tuple(reset.shape)}; "
-                             "expected (B,T,H), (B,P/2), (B,T)")
-        Lambda_bar, scale = self.discretise()
-        a = Lambda_bar * (~reset)[..., None]  # (B, T, P/2)
-        b = self._drive(u, scale)
-        # The state before the sequence enters as part of the first input.
-        b = torch.cat([b[:, :1] + a[:, :1] * state[:, None], b[:, 1:]], 1)
-        x = scan(a, b)
-        return self._read(x, u), x
-
-    def step(self, u, state, discretised=None):
-        """One step. u: (B,H); state: (B,P/2) complex; discretised: what `discretise` returned, if at hand.
-
-        Returns y (B,H) and the next state (B,P/2). To forget, pass a state of zeros.
-        """
-        Lambda_bar, scale = discretised or self.discretise()
-        x = Lambda_bar * state + self._drive(u, scale)  # x_t = Lambda_bar x_{t-1} + B_bar u_t   (S5, Eq. 2)
-        return self._read(x, u), x
+    def step(self, u, kept, B_bar):
+        """One step: u (B,H), kept = Lambda_bar x_{t-1} (B,P) real, B_bar (H,P) -> y (B,H), x_t (B,P) real."""
+        x = torch.addmm(kept, u, B_bar)  # x_t = Lambda_bar x_{t-1} + B_bar u_t   (S5, Eq. 2)
+        return torch.addcmul(x @ self.C, self.D, u), x
 
 
 class S5Block(nn.Module):
@@ -215,46 +210,68 @@ class S5Block(nn.Module):
 
     def _mix(self, u, y):
         y = F.gelu(y)
-        return u + y * torch.sigmoid(self.gate(y))
+        return torch.addcmul(u, y, torch.sigmoid(self.gate(y)))
 
-    def forward(self, u, state, reset):
-        """As S5Layer.forward: (B,T,H), (B,P/2), (B,T) -> (B,T,H), (B,T,P/2)."""
-        y, states = self.s5(self.norm(u), state, reset)
-        return self._mix(u, y), states
+    def forward(self, u, *others):
+        """As S5Layer.forward."""
+        y, x = self.s5(self.norm(u), *others)
+        return self._mix(u, y), x
 
-    def step(self, u, state, discretised=None):
-        """As S5Layer.step: (B,H), (B,P/2) -> (B,H), (B,P/2)."""
-        y, state = self.s5.step(self.norm(u), state, discretised)
-        return self._mix(u, y), state
+    def step(self, u, *others):
+        """As S5Layer.step."""
+        y, x = self.s5.step(self.norm(u), *others)
+        return self._mix(u, y), x
 
 
 class S5Stack(nn.Module):
-    """Several S5Blocks. Its state is (B, layers, P/2) complex: every layer's, from which h is read."""
+    """Several S5Blocks. Its state is (B, layers, P/2) complex: every layer's, from which h is read.
+
+    Both modes compute in float32, under bfloat16 autocast too: a recurrence adds up its rounding errors.
+    """
 
     def __init__(self, features, state_size, layers):
         super().__init__()
         self.blocks = nn.ModuleList(S5Block(features, state_size) for _ in range(layers))
-        self.state_shape = (layers, state_size // 2)
+        self.features, self.state_shape = features, (layers, state_size // 2)
 
     def discretise(self):
-        """Every layer's discretised parameters, to be computed once a rollout and handed to each `step`."""
-        return [block.s5.discretise() for block in self.blocks]
+        """Lambda_bar (layers,P/2) and B_bar (layers,H,P), which a rollout computes once and hands to every
+        `step`. All layers in one go: such small tensors cost what it costs to start an operation."""
+        layers = [(s5.log_decay, s5.frequency, s5.log_Delta, s5.B) for s5 in (b.s5 for b in self.blocks)]
+        return zero_order_hold(*map(torch.stack, zip(*layers)))
 
     def forward(self, u, state, reset):
-        """(B,T,H), (B,layers,P/2), (B,T) -> m (B,T,H), x (B,T,layers,P/2)."""
-        states = []
-        for i, block in enumerate(self.blocks):
-            u, x = block(u, state[:, i], reset)
-            states.append(x)
-        return u, torch.stack(states, 2)
+        """A whole sequence in parallel. u: (B,T,H); state before it: (B,layers,P/2); reset: (B,T) bool.
+
+        Where reset is true the state forgets everything before that step. That needs no third element in the
+        scan's operator (as in Lu et al. 2023): with a_t = 0 nothing earlier reaches x_t, in values or in
+        gradients. Returns m (B,T,H) and all states x (B,T,layers,P/2). Raises ValueError when the shapes do
+        not fit.
+        """
+        B, T, H = u.shape
+        if H != self.features or state.shape != (B, *self.state_shape) or reset.shape != (B, T):
+            raise ValueError(f"S5Stack of H={self.features}, (layers, P/2)={self.state_shape} got u"
+                             f" {tuple(u.shape)}, state {tuple(state.shape)}, reset {tuple(reset.shape)};"
+                             " expected (B,T,H), (B,layers,P/2), (B,T)")
+        with torch.autocast(u.device.type, enabled=False):
+            Lambda_bar, B_bar = self.discretise()
+            a = Lambda_bar * (~reset)[..., None, None]  # (B, T, layers, P/2)
+            strides, u, states = products(a.detach()), u.float(), []
+            for i, (block, *own) in enumerate(zip(self.blocks, state.unbind(1), a.unbind(2), B_bar)):
+                u, x = block(u, *own, [each[:, :, i] for each in strides])
+                states.append(x)
+            return u, torch.stack(states, 2)
 
     def step(self, u, state, discretised=None):
-        """(B,H), (B,layers,P/2) -> m (B,H), x (B,layers,P/2)."""
-        states = []
-        for i, block in enumerate(self.blocks):
-            u, x = block.step(u, state[:, i], discretised and discretised[i])
-            states.append(x)
-        return u, torch.stack(states, 1)
+        """One step: u (B,H), state (B,layers,P/2) -> m (B,H), x (B,layers,P/2). To forget, pass a state of
+        zeros. discretised: what `discretise` returned, if at hand."""
+        with torch.autocast(u.device.type, enabled=False):
+            Lambda_bar, B_bar = discretised or self.discretise()
+            kept, u, states = real_view(Lambda_bar * state), u.float(), []  # (B, layers, P)
+            for block, *own in zip(self.blocks, kept.unbind(1), B_bar):
+                u, x = block.step(u, *own)
+                states.append(x)
+            return u, complex_view(torch.stack(states, 1))
 
 
 if __name__ == "__main__":  # a demonstration: parallel = recurrent, and what length costs

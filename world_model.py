@@ -39,12 +39,12 @@ from s5 import S5Stack, real_view
 
 def symlog(x):
     """sign(x) log(1 + |x|): linear near zero, logarithmic far out, so one network fits any reward scale."""
-    return torch.sign(x) * torch.log1p(torch.abs(x))
+    return torch.copysign(torch.log1p(torch.abs(x)), x)
 
 
 def symexp(x):
     """The inverse of symlog."""
-    return torch.sign(x) * torch.expm1(torch.abs(x))
+    return torch.copysign(torch.expm1(torch.abs(x)), x)
 
 
 class TwoHot(nn.Module):
@@ -60,61 +60,60 @@ class TwoHot(nn.Module):
         self.register_buffer("bins", torch.linspace(low, high, bins), persistent=False)
 
     def mean(self, logits):
-        """(..., bins) -> (...), back on the scale of the target."""
-        return symexp(torch.softmax(logits, -1) @ self.bins)
+        """(..., bins) -> (...): symlog of the prediction; `symexp` leads back to the scale of the target."""
+        return torch.softmax(logits, -1) @ self.bins
 
-    def loss(self, logits, target):
-        """Cross-entropy to the two-hot code of `target` (...): the code itself, 255 wide, is never built."""
-        position = (symlog(target) - self.low) / self.width
-        position = position.clamp(0, len(self.bins) - 1)
-        # A target of NaN must stay a NaN, not become an index.
-        below = position.long().clamp(0, len(self.bins) - 2)
-        weight = position - below  # of the bin above
-        log_p = torch.log_softmax(logits, -1)
-        near = log_p.gather(-1, torch.stack([below, below + 1], -1))
-        return -((1 - weight) * near[..., 0] + weight * near[..., 1])
+    def loss(self, logits, *targets):
+        """Cross-entropies to the two-hot codes of the targets (...), summed over the targets: (...). The code
+        itself, 255 wide, is never built."""
+        log_p, loss = torch.log_softmax(logits, -1), 0
+        for target in targets:
+            position = ((symlog(target) - self.low) / self.width).clamp(0, len(self.bins) - 1)
+            # A target of NaN must stay a NaN, not become an index.
+            below = position.long().clamp(0, len(self.bins) - 2)
+            near = log_p.gather(-1, torch.stack([below, below + 1], -1))
+            loss = loss - torch.lerp(near[..., 0], near[..., 1], position - below)
+        return loss
 
 
 def unimix(logits, share=0.01):
-    """Log-probabilities of `share` uniform, the rest softmax: no class is ever impossible, no KL infinite."""
-    return torch.log((1 - share) * torch.softmax(logits, -1) + share / logits.shape[-1])
+    """Probabilities: `share` uniform, the rest softmax. No class is ever impossible, no KL infinite."""
+    # share/n + (1 - share) softmax as one operation: rsub(x, c, alpha) = c - alpha x.
+    return torch.rsub(torch.softmax(logits, -1), share / logits.shape[-1], alpha=share - 1)
 
 
-def sample_onehot(log_p):
-    """One-hot samples of categoricals (..., classes), by one uniform number each.
+def sample_onehot(p):
+    """One-hot samples of categoricals p (..., classes), by one uniform number each.
 
     The inverse of the cumulative distribution: the class is how many cumulated probabilities lie below u. The
     usual Gumbel trick draws a number a *class*, and on a CPU random numbers are the dearest operation of all.
     """
-    u = torch.rand(log_p.shape[:-1], device=log_p.device, dtype=log_p.dtype)[..., None]
-    index = (log_p.exp().cumsum(-1) < u).sum(-1, keepdim=True)
-    index = index.clamp(max=log_p.shape[-1] - 1)  # u may round up to 1
-    return torch.zeros_like(log_p).scatter_(-1, index, 1.0)
+    u = torch.rand_like(p[..., :1])
+    # All but the last: where rounding leaves their sum below u, the last class it is.
+    index = torch.searchsorted(p[..., :-1].cumsum(-1), u)
+    return torch.zeros_like(p).scatter_(-1, index, 1.0)
 
 
-def straight_through(log_p):
+def straight_through(p):
     """A sample whose gradient is that of the probabilities: p - sg(p) is zero in value, not in gradient."""
-    p = log_p.exp()
-    return sample_onehot(log_p.detach()) + p - p.detach()
+    return sample_onehot(p.detach()) + (p - p.detach())
 
 
-def entropy(log_p):
+def entropy(p):
     """Entropy in nats of categoricals (..., n, classes), summed over the n: (...)."""
-    return -(log_p.exp() * log_p).sum((-2, -1))
+    return torch.special.entr(p).sum((-2, -1))  # entr(p) = -p log p
 
 
-def kl(log_q, log_p):
-    """KL(q || p) in nats of categoricals (..., n, classes), summed over the n: (...)."""
-    return (log_q.exp() * (log_q - log_p)).sum((-2, -1))
-
-
-def kl_balance(log_q, log_p):
+def kl_balance(q, p):
     """0.5 max(1, KL(sg q || p)) + 0.1 max(1, KL(q || sg p)) and the KL itself, both (...) (DreamerV3).
 
-    The first term teaches the prior to foresee, the second keeps z foreseeable; sg is a stop-gradient. Below
-    one nat ("free bits") neither pulls.
+    q, p: categoricals (..., n, classes), their KL in nats summed over the n. The first term teaches the prior
+    to foresee, the second keeps z foreseeable; sg is a stop-gradient. Below one nat ("free bits") neither
+    pulls.
     """
-    dynamics, representation = kl(log_q.detach(), log_p), kl(log_q, log_p.detach())
+    log_q, log_p = q.log(), p.log()
+    dynamics = (q.detach() * (log_q.detach() - log_p)).sum((-2, -1))
+    representation = (q * (log_q - log_p.detach())).sum((-2, -1))
     return 0.5 * dynamics.clamp(min=1) + 0.1 * representation.clamp(min=1), dynamics.detach()
 
 
@@ -190,17 +189,17 @@ class State(NamedTuple):
     z: torch.Tensor        # (..., 32, 32)               one-hot
     h: torch.Tensor        # (..., H)
     entropy: torch.Tensor  # (...)  of the distribution that z was drawn from: how sure the model is
-    reward: torch.Tensor   # (...)  r^
+    reward: torch.Tensor   # (...)  symlog(r^)
     cont: torch.Tensor     # (...)  c^
 
     def map(self, function):
         """The function applied to every field."""
         return State(*map(function, self))
 
-    def feature(self):
-        """What actor and critics see: [z, h, symlog(r^), symlog(c^), symlog(entropy)] (..., feature_size)."""
-        scalars = torch.stack([self.reward, self.cont, self.entropy], -1)
-        return torch.cat([self.z.flatten(-2), self.h, symlog(scalars)], -1)
+    def feature(self, subgoal):
+        """What actor and critics see: [z, h, symlog(r^), symlog(c^), symlog(entropy), subgoal code]."""
+        scalars = torch.log1p(torch.stack([self.cont, self.entropy], -1))  # symlog of what is not negative
+        return torch.cat([self.z.flatten(-2), self.h, self.reward[..., None], scalars, subgoal], -1)
 
 
 class WorldModel(nn.Module):
@@ -257,11 +256,11 @@ class WorldModel(nn.Module):
         self.mean += torch.clamp(1 / self.batches, min=1e-3) * (observation.mean((0, 1)) - self.mean)
 
     def posterior(self, observation):
-        """Log-probabilities of q(z | o): (N, *observation_shape) -> (N, 32, 32)."""
+        """Probabilities q(z | o): (N, *observation_shape) -> (N, 32, 32)."""
         return unimix(self.encoder(observation - self.mean).float().unflatten(-1, self.z_shape))
 
     def prior(self, m):
-        """Log-probabilities of p(z | m): (..., H) -> (..., 32, 32)."""
+        """Probabilities p(z | m): (..., H) -> (..., 32, 32)."""
         return unimix(self.prior_head(m).float().unflatten(-1, self.z_shape))
 
     def _h(self, x):
@@ -273,9 +272,9 @@ class WorldModel(nn.Module):
         output = self.outcome(torch.cat([z.flatten(-2), h], -1)).float()
         return output[..., :-1], output[..., -1]
 
-    def _state(self, x, z, h, log_p):
+    def _state(self, x, z, h, p):
         reward_logits, cont_logit = self._outcome(z, h)
-        return State(x, z, h, entropy(log_p), self.twohot.mean(reward_logits), torch.sigmoid(cont_logit))
+        return State(x, z, h, entropy(p), self.twohot.mean(reward_logits), torch.sigmoid(cont_logit))
 
     def advance(self, x, z, action, discretised=None):
         """One tick of the recurrence, N states: (x_{t-1}, z_{t-1}, a_{t-1}) -> (m_t, x_t, h_t)."""
@@ -286,27 +285,27 @@ class WorldModel(nn.Module):
     def step(self, x, z, action, observation):
         """Acting: from (x_{t-1}, z_{t-1}, a_{t-1}) and o_t to the State at t. Zeros at an episode's start."""
         _, x, h = self.advance(x, z, action)
-        log_q = self.posterior(observation)
-        return self._state(x, sample_onehot(log_q), h, log_q)
+        q = self.posterior(observation)
+        return self._state(x, sample_onehot(q), h, q)
 
     # ---- sequences ----
 
     def observe(self, observation, action, is_first):
-        """All states of (B,T) observations in parallel. Returns (z, h, x, log_q, log_p), each (B,T,...).
+        """All states of (B,T) observations in parallel. Returns (z, h, x, q, p), each (B,T,...).
 
         action[:, t] is the one chosen *after* observation t, as the replay stores it; it is shifted here,
         once, so that training sees the same a_{t-1} as acting and imagining do (the published code feeds a_t
         instead). At the first step of an episode, and of the sequence, both inputs and the state are zero.
         """
         B, T = is_first.shape
-        log_q = self.posterior(observation.flatten(0, 1)).unflatten(0, (B, T))
-        z = straight_through(log_q)
+        q = self.posterior(observation.flatten(0, 1)).unflatten(0, (B, T))
+        z = straight_through(q)
         zza = torch.cat([z.flatten(-2), action], -1)  # [z_t, a_t]
         previous = torch.cat([torch.zeros_like(zza[:, :1]), zza[:, :-1]], 1)  # [z_{t-1}, a_{t-1}]
         previous = previous * (~is_first)[..., None]
         x, _ = self.initial(B, observation.device)
         m, x = self.s5(self.inputs(previous), x, is_first)
-        return z, self._h(x), x, log_q, self.prior(m)
+        return z, self._h(x), x, q, self.prior(m)
 
     def loss(self, observation, action, reward, is_first, is_terminal):
         """The loss of S5WM on a batch of sequences, and the posterior states from which to imagine.
@@ -317,7 +316,7 @@ class WorldModel(nn.Module):
         Returns (loss, states (B,T) without gradients, metrics).
         """
         self.centre(observation)
-        z, h, x, log_q, log_p = self.observe(observation, action, is_first)
+        z, h, x, q, p = self.observe(observation, action, is_first)
         reward_logits, cont_logit = self._outcome(z, h)
         reconstruction = self.decode(z, h)
         losses = {
@@ -326,12 +325,13 @@ class WorldModel(nn.Module):
             "continue": F.binary_cross_entropy_with_logits(cont_logit, (~is_terminal).float(),
                                                            reduction="none"),
         }
-        losses["kl"], divergence = kl_balance(log_q, log_p)
+        losses["kl"], divergence = kl_balance(q, p)
         losses = {name: value.mean() for name, value in losses.items()}
         metrics = {f"model/{name}_loss": value.detach() for name, value in losses.items()}
-        metrics |= {"model/kl": divergence.mean(), "model/posterior_entropy": entropy(log_q).detach().mean(),
-                    "model/prior_entropy": entropy(log_p).detach().mean()}
-        states = State(x, z, h, entropy(log_q), self.twohot.mean(reward_logits), torch.sigmoid(cont_logit))
+        with torch.no_grad():
+            states = State(x, z, h, entropy(q), self.twohot.mean(reward_logits), torch.sigmoid(cont_logit))
+            metrics |= {"model/kl": divergence.mean(), "model/posterior_entropy": states.entropy.mean(),
+                        "model/prior_entropy": entropy(p).mean()}
         return sum(losses.values()), states.map(torch.Tensor.detach), metrics
 
     def decode(self, z, h):
@@ -355,8 +355,8 @@ class WorldModel(nn.Module):
         for _ in range(horizon):
             actions.append(policy(state))
             m, x, h = self.advance(state.x, state.z, actions[-1], discretised)
-            log_p = self.prior(m)
-            state = self._state(x, sample_onehot(log_p), h, log_p)
+            p = self.prior(m)
+            state = self._state(x, sample_onehot(p), h, p)
             states.append(state)
         _, *fields = zip(*states)
         return State(None, *map(torch.stack, fields)), torch.stack(actions)
