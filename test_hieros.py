@@ -1024,7 +1024,7 @@ def test_a_checkpoint_that_does_not_fit_is_one_clear_line(tmp_path, damage, says
     ("run --json nowhere/a.json", "no directory nowhere"),
     ("run --episodes 0", "at least 1"), ("--table", "needs result files"),
     ("run --etbs a.png", "needs no run"), ("--table a.json --video film.gif", "use two commands"),
-    ("--curves a.png a.json --episodes 3", "use two commands"),
+    ("--bars a.png a.json --episodes 3", "use two commands"),
     ("--table nowhere.json", "cannot be read"), ("--s5 a.png", "name one directory"),
     ("run --video a.gif --json -", "by another command"),
 ])
@@ -1203,17 +1203,14 @@ def test_open_loop_error_against_its_baselines():
     assert np.allclose(errors["last frame, repeated"], truth[:, -1].square().mean())
 
 
-def published(method):
-    i = evaluate.METHODS.index(method)
-    return [np.array([evaluate.normalised(game, scores[i])]) for game, scores in evaluate.PUBLISHED.items()]
-
-
 @pytest.mark.parametrize("method, mean, median", [
-    ("IRIS", 1.046, 0.289), ("SimPLe", 0.332, 0.134), ("DIAMOND", 1.459, 0.373)])
+    ("SimPLe", 0.332, 0.134), ("TWM", 0.956, 0.505), ("IRIS", 1.046, 0.289), ("STORM", 1.266, 0.580),
+    ("DIAMOND", 1.459, 0.373), ("BBF", 2.247, 0.917)])
 def test_aggregates_agree_with_published_ones(method, mean, median):
     """Fed with the published scores of the 26 games, mean and median come out as published."""
-    assert len(evaluate.PUBLISHED) == 26 and evaluate.PUBLISHED.keys() == train.REFERENCE.keys()
-    assert np.allclose(evaluate.aggregate(published(method))[:2], (mean, median), atol=6e-4)
+    scores = evaluate.human_normalised({})[method + "*"]
+    assert scores.keys() == train.REFERENCE.keys()
+    assert np.allclose(evaluate.aggregate(list(scores.values()))[:2], (mean, median), atol=6e-4)
 
 
 def test_aggregates_by_hand():
@@ -1249,8 +1246,8 @@ def test_table_says_what_it_knows(tmp_path, capsys):
     flat, full = capsys.readouterr().out.split("### ")[1:]
     assert flat.startswith("preset paper, levels 1, 100,000 agent steps") and "frostbite" not in flat
     assert "only 2 of the 26 games; intervals need more than one run" in full and "95%" not in full
-    assert "in no aggregate: tennis" in full and " 2901 |" in full
-    assert all(name + "*" in full for name in ("random", "human", "Hieros", *evaluate.METHODS))
+    assert "in no aggregate: tennis" in full and " 2901.0 |" in full
+    assert all(name + "*" in full for name in ("random", "human", *evaluate.PUBLISHED))
     assert f"{(2 + 20.7) / (14.6 + 20.7):.3f}" in full
     evaluate.main(["--table", *files, write_result(tmp_path / "e.json", seed=1, returns=[8]), "--json", "-"])
     flat, full = json.loads(capsys.readouterr().out)
@@ -1261,6 +1258,33 @@ def test_table_says_what_it_knows(tmp_path, capsys):
     low, high = full["interval"]["mean"]
     assert low < expected < high
     assert np.isclose(full["aggregates"]["IRIS*"]["mean"], (1 + (259.12 - 65.2) / (4334.7 - 65.2)) / 2)
+    assert "Hieros*" not in full["aggregates"]  # of Pong its score is not known
+
+
+def test_bars_stand_beside_published_ones(tmp_path, monkeypatch):
+    """--bars shows each game's human-normalised score of each of our groups, then those published for the
+    game; aggregates only over games that all groups have; a whisker only where a game has several runs."""
+    pytest.importorskip("matplotlib")
+    drawn, draw_axes = [], evaluate.draw_axes
+    monkeypatch.setattr(evaluate, "draw_axes", lambda *args: drawn.append(draw_axes(*args)) or drawn[-1])
+    files = [write_result(tmp_path / "a.json"), write_result(tmp_path / "b.json", seed=1, returns=[8]),
+             write_result(tmp_path / "c.json", game="frostbite", returns=[2000]),
+             write_result(tmp_path / "d.json", levels=1)]
+    for count, titles in ((3, ["frostbite", "pong", "mean, 2 games", "median, 2 games", "IQM, 2 games",
+                               "optimality gap, 2 games"]), (4, ["frostbite", "pong"])):
+        evaluate.main(["--bars", str(tmp_path / "bars.png"), *files[:count]])
+        axes = {axis.get_title(): axis for axis in drawn[-1][1]}
+        assert list(axes) == titles
+    assert (tmp_path / "bars.png").stat().st_size > 5000
+    labels = [label.get_text() for label in axes["pong"].get_yticklabels()]
+    assert labels == ["here", "here", *(name + "*" for name in evaluate.PUBLISHED if name != "Hieros")]
+    assert axes["frostbite"].get_yticklabels()[-1].get_text() == "Hieros*"
+    bars = dict(zip(labels[2:], axes["pong"].patches[2:]))
+    flat, full = axes["pong"].patches[:2]
+    widths = [bar.get_width() for bar in (flat, full, bars["IRIS*"])]
+    assert np.allclose(widths, [(2 + 20.7) / 35.3, (5 + 20.7) / 35.3, 1])
+    whiskers = axes["pong"].collections[0].get_segments()[:3]
+    assert [np.ptp(segment, 0)[0] > 0.1 for segment in whiskers] == [False, True, False]
 
 
 @pytest.mark.parametrize("changes", [
