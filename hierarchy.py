@@ -223,7 +223,7 @@ class Level(nn.Module):
         # 1. The world model, on real sequences.
         loss, states, metrics = self.world_model.loss(self.dense(batch), action, batch["reward"],
                                                       batch["is_first"], batch["is_terminal"])
-        metrics["model/grad_norm"] = self.optimisers["model"].step(loss)
+        metrics["opt/model_grad_norm"] = self.optimisers["model"].step(loss)
 
         # 2. Imagine from the states of the batch, each with the subgoal that was held there. Nothing comes
         # after a terminal state: what is imagined from one has weight zero.
@@ -239,8 +239,8 @@ class Level(nn.Module):
         reward = {"extrinsic": states.reward[1:]}
         if len(self.rewards) > 1:  # there is a level above or below; a flat agent has no use for subgoals
             loss, reward["novelty"] = self.autoencoder.loss(states.h[1:])
-            metrics["autoencoder/loss"] = loss.detach()
-            metrics["autoencoder/grad_norm"] = self.optimisers["autoencoder"].step(loss)
+            metrics["loss/autoencoder"] = loss.detach()
+            metrics["opt/autoencoder_grad_norm"] = self.optimisers["autoencoder"].step(loss)
         if "subgoal" in self.rewards:
             with torch.no_grad():
                 reward["subgoal"] = cosine_max(self.autoencoder.decode(subgoal), states.h[1:])
@@ -273,14 +273,14 @@ class Level(nn.Module):
         critic_loss = twohot.loss(logits[:-1], returns) + twohot.loss(logits[:-1], slow_value)
         critic_loss = (weight[..., None] * critic_loss).mean((0, 1))  # (horizon, N, R) -> (R,)
 
-        metrics = {"actor/loss": actor_loss.detach(), "actor/entropy": policy_entropy.detach().mean(),
-                   "actor/advantage_std": advantage.std(),
-                   "actor/grad_norm": self.optimisers["actor"].step(actor_loss),
-                   "critic/grad_norm": self.optimisers["critic"].step(critic_loss.sum())}
+        metrics = {"loss/policy": actor_loss.detach(), "ent/action": policy_entropy.detach().mean(),
+                   "adv_std": advantage.std(),
+                   "opt/actor_grad_norm": self.optimisers["actor"].step(actor_loss),
+                   "opt/critic_grad_norm": self.optimisers["critic"].step(critic_loss.sum())}
         for i, name in enumerate(self.rewards):
-            metrics |= {f"reward/{name}": reward[..., i].mean(), f"return/{name}": returns[..., i].mean(),
-                        f"value/{name}": value[..., i].mean(), f"return_scale/{name}": scale[i],
-                        f"critic/loss_{name}": critic_loss[i].detach()}
+            metrics |= {f"rew/{name}": reward[..., i].mean(), f"ret/{name}": returns[..., i].mean(),
+                        f"val/{name}": value[..., i].mean(), f"ret_scale/{name}": scale[i],
+                        f"loss/value_{name}": critic_loss[i].detach()}
         with torch.no_grad():
             for slow, fast in zip(self.slow_critics.parameters(), self.critics.parameters()):
                 slow.lerp_(fast, self.slow)

@@ -312,8 +312,8 @@ def test_world_model_overfits_one_batch_of_images():
         optimiser.zero_grad()
         loss.backward()
         optimiser.step()
-    for name in ("reconstruction", "reward", "continue"):
-        assert metrics[f"model/{name}_loss"] < 0.1 * start[f"model/{name}_loss"], name
+    for name in ("loss/image", "loss/rew", "loss/con"):
+        assert metrics[name] < 0.1 * start[name], name
     assert torch.allclose(states.reward, reward, atol=0.5) and (states.cont.round() == (~ends).float()).all()
 
 
@@ -533,9 +533,8 @@ def test_bfloat16_learns_the_same_in_coarser_numbers():
         with torch.autocast("cpu", torch.bfloat16, enabled):
             losses[enabled] = [level.update(batch_of(agent, i)) for i, level in enumerate(agent.levels)]
     for plain, coarse in zip(losses[False], losses[True]):
-        for name in ("reconstruction", "reward", "continue", "kl"):
-            exact, rounded = plain[f"model/{name}_loss"], coarse[f"model/{name}_loss"].float()
-            assert torch.allclose(exact, rounded, rtol=0.05), name
+        for name in plain.keys() & {"loss/image", "loss/vector", "loss/rew", "loss/con", "loss/dyn"}:
+            assert torch.allclose(plain[name], coarse[name].float(), rtol=0.05), name
         assert all(np.isfinite(value.item()) for value in coarse.values())
 
 
@@ -714,11 +713,25 @@ def test_resumed_run_is_bitwise_the_undisturbed_one(tmp_path):
         assert torch.equal(value, second.agent.state_dict()[name]), name
 
 
+def test_metrics_have_the_names_that_dreamer_users_know(tmp_path):
+    """Scores, lengths, losses and speed stand in metrics.jsonl under DreamerV3's names, a line a level; an
+    episode's length is the number of its agent steps."""
+    train.train(train.Run(catch_config(tmp_path, steps=200, starts=32), Catch()), progress=False)
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert {line["episode/length"] for line in lines if "episode/score" in line} == {Catch.ROWS * Catch.DROPS}
+    common = {f"train/{name}" for name in (
+        "loss/vector", "loss/rew", "loss/con", "loss/dyn", "loss/policy", "loss/value_extrinsic", "rep_ent",
+        "dyn_ent", "ent/action", "adv_std", "rew/extrinsic", "ret/extrinsic", "val/extrinsic")}
+    assert {line["level"] for line in lines if common <= line.keys()} == {0, 1}
+    speeds = [100 / line["fps/policy"] for line in lines if "fps/policy" in line]  # seconds a line
+    assert np.allclose(np.cumsum(speeds), [line["seconds/total"] for line in lines if "fps/policy" in line])
+
+
 def test_a_non_finite_loss_stops_the_run(tmp_path):
     """NaN is never trained on silently: the run ends, names the level and losses, writes no checkpoint."""
     run = train.Run(catch_config(tmp_path), Catch())
     run.agent.levels[1].world_model.outcome[-1].bias.data.fill_(float("nan"))
-    with pytest.raises(FloatingPointError, match="at step [0-9]+, level 1: not finite: model/reward_loss"):
+    with pytest.raises(FloatingPointError, match="at step [0-9]+, level 1: not finite: loss/rew"):
         train.train(run, progress=False)
     assert not (tmp_path / "checkpoint.pt").exists()
 

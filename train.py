@@ -383,7 +383,7 @@ class Run:
 
     def restart(self):
         """The next episode."""
-        self.log.write(self.step, {"episode/score": self.score})
+        self.log.write(self.step, {"episode/score": self.score, "episode/length": int(self.memory["t"][0])})
         self.curve.append([self.step, self.score])
         self.score = 0.0
         observation, _ = self.env.reset()
@@ -441,7 +441,8 @@ class Run:
 
 
 class Log:
-    """metrics.jsonl, one JSON object a line, and TensorBoard events if `tensorboard` is installed.
+    """metrics.jsonl, one JSON object a line, and TensorBoard events if `tensorboard` is installed. Names are
+    DreamerV3's where it has one.
 
     Metrics of updates are summed on the device and fetched only when a line is written: fetching waits for
     the device.
@@ -454,7 +455,7 @@ class Log:
     def add(self, step, level, metrics):
         """Sum the metrics {name: scalar tensor} of one update of a level. On the CPU they are checked at
         once; on a GPU looking would mean waiting, so there `flush` checks their sums."""
-        if metrics["model/kl_loss"].device.type == "cpu":
+        if metrics["kl"].device.type == "cpu":
             self.check(f"at step {step}", level, {name: value.item() for name, value in metrics.items()})
         sums = self.sums.setdefault(str(level), {})
         for name, value in metrics.items():
@@ -490,7 +491,7 @@ class Log:
         result = {}
         for level, sums in self.sums.items():
             means = torch.stack([value.float() for value in sums.values()]).cpu() / self.counts[level]
-            result[level] = dict(zip(sums, means.tolist()))
+            result[level] = dict(zip([f"train/{name}" for name in sums], means.tolist()))
             self.check(f"in the updates up to step {step}", level, result[level])
         return result
 
@@ -523,7 +524,7 @@ def train(run, progress=True):
                 for number in (signal.SIGINT, signal.SIGTERM)}
     bar = tqdm(total=config.steps, initial=run.step, unit="step", disable=not progress, dynamic_ncols=True,
                mininterval=1.0)
-    phases, since = {"act": 0.0, "env": 0.0, "train": 0.0}, time.perf_counter()
+    phases, since, logged = {"act": 0.0, "env": 0.0, "train": 0.0}, time.perf_counter(), run.step
     try:
         while run.step < config.steps and not stopped:
             times = [time.perf_counter()]
@@ -543,9 +544,10 @@ def train(run, progress=True):
             if run.step % config.log_every == 0 or run.step == config.steps:
                 run.log.flush(run.step)
                 now = time.perf_counter()
-                run.seconds, since = run.seconds + now - since, now
                 run.log.write(run.step, {f"seconds/{name}": value for name, value in phases.items()}
-                              | {"seconds/total": run.seconds})
+                              | {"seconds/total": run.seconds + now - since,
+                                 "fps/policy": (run.step - logged) / (now - since)})
+                run.seconds, since, logged = run.seconds + now - since, now, run.step
                 phases = dict.fromkeys(phases, 0.0)
                 scores = [score for _, score in run.curve[-10:]]
                 bar.set_postfix(score=scores[-1] if scores else "-",

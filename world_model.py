@@ -321,18 +321,19 @@ class WorldModel(nn.Module):
         reward_logits, cont_logit = self._outcome(z, h)
         reconstruction = self.decode(z, h)
         losses = {
-            "reconstruction": (reconstruction - observation).square().flatten(2).sum(-1),
-            "reward": self.twohot.loss(reward_logits, reward),
-            "continue": F.binary_cross_entropy_with_logits(cont_logit, (~is_terminal).float(),
-                                                           reduction="none"),
+            "image" if observation.ndim == 5 else "vector":
+                (reconstruction - observation).square().flatten(2).sum(-1),
+            "rew": self.twohot.loss(reward_logits, reward),
+            "con": F.binary_cross_entropy_with_logits(cont_logit, (~is_terminal).float(), reduction="none"),
         }
-        losses["kl"], divergence = kl_balance(log_q, log_p)
+        kl_loss, divergence = kl_balance(log_q, log_p)
         losses = {name: value.mean() for name, value in losses.items()}
-        metrics = {f"model/{name}_loss": value.detach() for name, value in losses.items()}
-        metrics |= {"model/kl": divergence.mean(), "model/posterior_entropy": entropy(log_q).detach().mean(),
-                    "model/prior_entropy": entropy(log_p).detach().mean()}
+        metrics = {f"loss/{name}": value.detach() for name, value in losses.items()}  # DreamerV3's names
+        metrics |= {"loss/dyn": divergence.clamp(min=1).mean(),  # its loss/rep has the same value
+                    "kl": divergence.mean(), "rep_ent": entropy(log_q).detach().mean(),
+                    "dyn_ent": entropy(log_p).detach().mean()}
         states = State(x, z, h, entropy(log_q), self.twohot.mean(reward_logits), torch.sigmoid(cont_logit))
-        return sum(losses.values()), states.map(torch.Tensor.detach), metrics
+        return sum(losses.values()) + kl_loss.mean(), states.map(torch.Tensor.detach), metrics
 
     def decode(self, z, h):
         """(...,32,32), (...,H) -> observations (..., *observation_shape)."""
@@ -398,8 +399,7 @@ if __name__ == "__main__":  # a demonstration: a dot runs round a ring; which wa
         loss.backward()
         optimiser.step()
         if i % 100 == 0:
-            print(f"update {i:3d}   reconstruction {metrics['model/reconstruction_loss']:.3f}"
-                  f"   KL {metrics['model/kl']:.2f}")
+            print(f"update {i:3d}   reconstruction {metrics['loss/vector']:.3f}   KL {metrics['kl']:.2f}")
     observation, action, first = batch(1)
     dream = model.predict(observation, action, first)[0].argmax(-1)
     print("\naction   ", " ".join("<>"[i] for i in action.argmax(-1)[0]))
