@@ -563,7 +563,7 @@ EXAMPLES = """examples:
   python evaluate.py --table --bars bars.png runs/*/evaluation.json      all runs beside published scores
   python evaluate.py --table --json - runs/*/evaluation.json | jq '.[0].aggregates.here.IQM'
 
-exit codes: 0 done; 2 the command or a file is wrong, and one line on the standard error says what
+exit codes: 0 done; 2 the command or a file is wrong, one line on the standard error says what; 130 Ctrl+C
 """
 
 
@@ -697,3 +697,5 @@ if __name__ == "__main__":
     except UsageError as error:
         print(f"evaluate.py: {error}", file=sys.stderr)
         sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)

@@ -1049,6 +1049,24 @@ def test_a_wrong_command_is_one_clear_line(tmp_path, monkeypatch, command, says)
     assert "\n" not in str(error.value)
 
 
+def test_help_names_every_flag_and_valid_examples(capsys):
+    """--help of both programs exits 0, knows every setting, and each example that it gives can be parsed."""
+    pytest.importorskip("matplotlib")
+    for program, parse in ((train, train.parse_config), (evaluate, evaluate.parse)):
+        with pytest.raises(SystemExit) as end:
+            parse(["--help"])
+        text = capsys.readouterr().out
+        examples = [re.split(r"   | \| ", line[2:])[0].split() for line in text.splitlines()
+                    if line.startswith("  python ")]
+        assert end.value.code == 0 and len(examples) > 3
+        for _, name, *flags in examples:
+            assert name == Path(program.__file__).name
+            parse(flags)
+        if program is train:
+            assert all(f"--{field.name} " in text for field in dataclasses.fields(train.Config))
+            assert "(paper 100000, cpu 20000, debug 1200)" in " ".join(text.split())
+
+
 def test_matplotlib_is_optional(tmp_path, monkeypatch, capsys):
     """Without matplotlib scores and tables work as ever, and a picture says in one line what to install."""
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
