@@ -557,9 +557,9 @@ def etbs_picture(path, steps=20_000, bins=40):
 # ------------------------------------------------------------------------------------------------------------
 
 EXAMPLES = """examples:
-  python evaluate.py runs/pong-0                         play 100 episodes, write runs/pong-0/evaluation.json
-  python evaluate.py runs/pong-0 --episodes 20 --json -  the score as JSON on the standard output, for scripts
-  python evaluate.py runs/pong-0 --video film.gif        what it sees, dreams and wants
+  python evaluate.py runs/pong-0                          play 100 episodes, write runs/pong-0/evaluation.json
+  python evaluate.py runs/pong-0 --episodes 20 --json -   JSON on the standard output, for scripts
+  python evaluate.py runs/pong-0 --video film.gif         what it sees, dreams and wants
   python evaluate.py --table --bars bars.png runs/*/evaluation.json      all runs beside published scores
   python evaluate.py --table --json - runs/*/evaluation.json | jq '.[0].aggregates.here.IQM'
 
