@@ -204,7 +204,8 @@ def dream_film(agent, env, game, seed, path, context=3 * SECOND, steps=15 * SECO
     names, frames, total, over = env.game.get_action_meanings(), [], 0.0, False
 
     def show(image, state, action, caption):
-        bars = [("predicted reward", state.reward.item(), f"{state.reward.item():+.2f}"),
+        reward = round(state.reward.item(), 2) + 0.0  # + 0.0: never "-0.00"
+        bars = [("predicted reward", reward, f"{reward:+.2f}"),
                 ("predicted continue", state.cont.item(), f"{state.cont.item():.2f}")]
         title = f"{game}    action: {names[int(action.argmax())].lower()}"
         frames.append(draw_frame(title, [(image, caption)], bars, scale=5))
@@ -475,7 +476,7 @@ def curves_picture(groups, path):
     figure, axes = draw_axes(len(names), 4, 3)
     for axis, game in zip(axes, names):
         for colour, (group, games) in enumerate(groups.items()):
-            curves = [run["curve"] for run in games[game] if len(run["curve"])] if game in games else ()
+            curves = [run["curve"] for run in games.get(game, ()) if len(run["curve"])]
             if not curves:  # not one episode ended
                 continue
             # From where every run has ended an episode to where one has ended its last.
