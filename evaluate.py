@@ -347,14 +347,14 @@ def bootstrap(scores, resamples=2000, seed=0):
 
 def load_results(paths):
     """{group: {game: [result, ...]}} of result files, all in order, results by seed; a group, such as "preset
-    paper, levels 3, 100,000 agent steps", is what may be averaged. Raises UsageError for a file that is not
-    one of ours, or a run that is there twice."""
+    paper, levels 3, tau 0.0, 100,000 agent steps", is what may be averaged: only seeds differ. Raises
+    UsageError for a file that is not one of ours, or a run that is there twice."""
     kinds = {"game": str, "preset": str, "levels": int, "seed": int, "agent_steps": int, "returns": list,
-             "curve": list}
+             "curve": list, "settings": dict}
     runs, groups = {}, defaultdict(lambda: defaultdict(list))
     for path in paths:
         try:
-            run = json.loads(Path(path).read_text())
+            run = {"settings": {}} | json.loads(Path(path).read_text())
             for name, kind in kinds.items():
                 if not isinstance(run[name], kind):
                     raise ValueError(f"{name} is not {kind.__name__}")
@@ -367,7 +367,9 @@ def load_results(paths):
         except (LookupError, TypeError, ValueError) as error:
             reason = f"{type(error).__name__}, {error}"
             raise UsageError(f"{path} is not a result of this program: {reason}") from error
-        group = f"preset {run['preset']}, levels {run['levels']}, {run['agent_steps']:,} agent steps"
+        settings = {"preset": run["preset"], "levels": run["levels"]} | run["settings"]
+        group = "".join(f"{name} {value}, " for name, value in settings.items())
+        group += f"{run['agent_steps']:,} agent steps"
         first = runs.setdefault((group, run["game"], run["seed"]), run)
         if first is not run:
             raise UsageError(f"{path} and {first['path']} are the same run:"

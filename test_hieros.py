@@ -1290,6 +1290,11 @@ def test_table_says_what_it_knows(tmp_path, capsys):
     assert low < expected < high
     assert np.isclose(full["aggregates"]["IRIS*"]["mean"], (1 + (259.12 - 65.2) / (4334.7 - 65.2)) / 2)
     assert "Hieros*" not in full["aggregates"]  # of Pong its score is not known
+    other = write_result(tmp_path / "f.json", seed=1, settings={"tau": 0.0})  # another seed and another setting
+    evaluate.main(["--table", files[0], other])
+    assert "### preset paper, levels 3, tau 0.0, 100,000 agent steps" in capsys.readouterr().out
+    config = train.make_config({"preset": "debug", "device": "cpu", "seed": 3, "tau": 0.0, "save_every": 7})
+    assert train.result(config, 0, 0.0, [], [1.0])["settings"] == {"tau": 0.0}
 
 
 def test_bars_stand_beside_published_ones(tmp_path, monkeypatch):
@@ -1320,7 +1325,7 @@ def test_bars_stand_beside_published_ones(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("changes", [
     {"returns": []}, {"returns": [1.0, float("nan")]}, {"returns": ["high"]}, {"returns": 3}, {"game": None},
-    {"seed": "0"}, {"curve": [[1, 2, 3]]}])
+    {"seed": "0"}, {"curve": [[1, 2, 3]]}, {"settings": "tau"}])
 def test_a_malformed_result_is_one_clear_line(tmp_path, changes):
     """A file without finite returns or with missing or wrong entries is refused by name, in one line."""
     with pytest.raises(train.UsageError, match="a.json is not a result") as error:

@@ -628,17 +628,21 @@ def play(agent, make_env, episodes, seed=0, progress=True):
 
 
 def result(config, step, seconds, curve, returns):
-    """What is known of a run, ready for a JSON file: settings, learning curve, final returns, command."""
+    """What is known of a run, ready for a JSON file: settings other than the preset's, learning curve, final
+    returns, command."""
     try:
         commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=Path(__file__).parent,
                                 capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         commit = "unknown"
+    usual = dataclasses.asdict(Config()) | PRESETS[config.preset]
+    settings = {name: value for name, value in dataclasses.asdict(config).items() if value != usual[name]
+                and name not in RESUMABLE | {"game", "preset", "seed", "logdir", "levels"}}
     random, human = REFERENCE.get(config.game, (None, None))
     mean = float(np.mean(returns))
     error = float(np.std(returns, ddof=1) / len(returns) ** 0.5) if len(returns) > 1 else None
     return {"game": config.game, "levels": config.levels, "seed": config.seed, "preset": config.preset,
-            "agent_steps": step, "hours": round(seconds / 3600, 3),
+            "settings": settings, "agent_steps": step, "hours": round(seconds / 3600, 3),
             "mean": mean, "median": float(np.median(returns)), "standard_error": error,
             "random": random, "human": human,
             "human_normalised": None if human is None else (mean - random) / (human - random),
