@@ -1290,7 +1290,7 @@ def test_table_says_what_it_knows(tmp_path, capsys):
     assert low < expected < high
     assert np.isclose(full["aggregates"]["IRIS*"]["mean"], (1 + (259.12 - 65.2) / (4334.7 - 65.2)) / 2)
     assert "Hieros*" not in full["aggregates"]  # of Pong its score is not known
-    other = write_result(tmp_path / "f.json", seed=1, settings={"tau": 0.0})  # another seed and another setting
+    other = write_result(tmp_path / "f.json", seed=1, settings={"tau": 0.0})  # not only another seed
     evaluate.main(["--table", files[0], other])
     assert "### preset paper, levels 3, tau 0.0, 100,000 agent steps" in capsys.readouterr().out
     config = train.make_config({"preset": "debug", "device": "cpu", "seed": 3, "tau": 0.0, "save_every": 7})
