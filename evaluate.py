@@ -8,6 +8,7 @@ Symbols as in world_model.py and hierarchy.py: z, h, g (subgoal code), g_h (the 
 """
 
 import argparse
+import csv
 import io
 import json
 import math
@@ -20,6 +21,7 @@ import torch
 
 from hierarchy import onehot
 from replay import Replay, etbs_cdf
+from s5 import complex_view, real_view
 from train import (REFERENCE, Atari, Parser, UsageError, autocast, env_step, keep_freed_memory,
                    load_checkpoint, make_agent, make_config, play, report, result)
 from world_model import sample_onehot, symexp
@@ -103,9 +105,17 @@ def libraries():
     return Figure, Image, ImageDraw, ImageFont
 
 
+def draw_axes(count, width, height):
+    """A figure and `count` axes in it, five a row, each so many inches wide and high."""
+    columns = min(5, count)
+    rows = -(-count // columns)
+    figure = libraries()[0]((width * columns, height * rows + 0.6), layout="constrained")
+    return figure, [figure.add_subplot(rows, columns, i + 1) for i in range(count)]
+
+
 def draw_frame(title, panels, bars=(), scale=3):
     """One frame of a film, a Pillow image: panels [(image (64,64,3) bytes, (two, captions))] side by side,
-    under them bars [(label, share of the full length, number as text)]."""
+    under them bars [(label, share of the full length, red if negative, number as text)]."""
     _, Image, ImageDraw, ImageFont = libraries()
     side, gap, font = 64 * scale, 10, ImageFont.load_default(13)
     frame = Image.new("RGB", (gap + len(panels) * (side + gap), side + 74 + 20 * len(bars)), "white")
@@ -117,10 +127,11 @@ def draw_frame(title, panels, bars=(), scale=3):
         for row, (text, colour) in enumerate(zip(caption, ("black", "dimgray"))):
             draw.text((left, side + 31 + 17 * row), text, colour, font)
     for i, (label, share, number) in enumerate(bars):
-        top, left, right = side + 72 + 20 * i, gap + 150, frame.width - gap - 50
+        top, left, right = side + 72 + 20 * i, gap + 180, frame.width - gap - 50
         draw.text((gap, top - 2), label, "black", font)
         draw.rectangle((left, top, right, top + 12), "gainsboro")
-        draw.rectangle((left, top, left + (right - left) * min(max(share, 0), 1), top + 12), "steelblue")
+        draw.rectangle((left, top, left + (right - left) * min(abs(share), 1), top + 12),
+                       "steelblue" if share >= 0 else "firebrick")
         draw.text((right + 6, top - 2), number, "black", font)
     return frame
 
@@ -175,13 +186,13 @@ def film(agent, env, game, seed, path, steps=20 * SECOND, restart=3 * SECOND):
         panels = [
             (now["observation"][0], ("the game, as the agent sees it", f"64 x 64 pixels, {SECOND} a second")),
             (pixels(agent, 0, state.z, state.h), ("what it makes of it", "decoded from its state (z, h)")),
-            (pixels(agent, 0, z, h), ("what it dreams", eyes))]
-        panels += [(goals[i], (f"goal set by level {i}", f"for level {i - 1}, every {agent.k ** i} steps"))
-                   for i in sorted(goals)]
+            (pixels(agent, 0, z, h), ("its dream, told only its actions", eyes))]
+        panels += [(goals[i], (f"goal that level {i} sets level {i - 1}",
+                               f"a new one every {agent.k ** i} steps")) for i in sorted(goals)]
         scenes.append((f"{game}    {t / SECOND:5.1f} s    score {score:g}", panels, dict(novelty)))
     most = {i: max(scene[2][i] for scene in scenes) or 1.0 for i in novelty}
     save_film(path, [
-        draw_frame(title, panels, [(f"novelty for level {i}", value / most[i], f"{value:.3f}")
+        draw_frame(title, panels, [(f"how new to level {i} (novelty)", value / most[i], f"{value:.3f}")
                                    for i, value in bars.items()]) for title, panels, bars in scenes])
 
 
@@ -194,7 +205,8 @@ def dream_film(agent, env, game, seed, path, context=3 * SECOND, steps=15 * SECO
     names, frames, total, over = env.game.get_action_meanings(), [], 0.0, False
 
     def show(image, state, action, caption):
-        bars = [("predicted reward", state.reward.item(), f"{state.reward.item():+.2f}"),
+        reward = round(symexp(state.reward).item(), 2) + 0.0  # + 0.0: never "-0.00"
+        bars = [("predicted reward", reward, f"{reward:+.2f}"),
                 ("predicted continue", state.cont.item(), f"{state.cont.item():.2f}")]
         title = f"{game}    action: {names[int(action.argmax())].lower()}"
         frames.append(draw_frame(title, [(image, caption)], bars, scale=5))
@@ -209,11 +221,12 @@ def dream_film(agent, env, game, seed, path, context=3 * SECOND, steps=15 * SECO
         nonlocal memory, total, over
         if state is start:  # the last real one, where the agent has chosen already
             return action
-        image, total = pixels(agent, 0, state.z, state.h), total + state.reward.item()
-        memory, _, ticks = agent.act(memory, **env_step(image, state.reward.item()))
+        reward = symexp(state.reward).item()
+        image, total = pixels(agent, 0, state.z, state.h), total + reward
+        memory, _, ticks = agent.act(memory, **env_step(image, reward))
         if not over:
             shut = (len(frames) - context + 1) / SECOND
-            caption = ("its dream", f"eyes shut for {shut:.1f} s, rewards {total:+.1f}")
+            caption = ("its dream", f"eyes shut for {shut:.1f} s, rewards so far {total:+.1f}")
             show(image, state, ticks[0]["action"], caption)
         over = over or state.cont.item() < 0.5
         return ticks[0]["action"]
@@ -266,14 +279,13 @@ def open_loop_error(truth, dreamed):
 
 def open_loop_picture(errors, game, path):
     """The curves of open_loop_error; also prints four points of each."""
-    figure = libraries()[0]((6, 4), layout="constrained")
-    axis, points = figure.subplots(), [5, 15, 30, 60]
+    (figure, (axis,)), points = draw_axes(1, 6, 3.4), [5, 15, 30, 60]
     print("mean squared error after   " + "".join(f"{f'{n} steps':>10}" for n in points))
     for (name, error), style in zip(errors.items(), ("-", "--", ":")):
-        axis.semilogy(range(1, len(error) + 1), error, style, label=name)
+        axis.plot(range(1, len(error) + 1), error, style, label=name)
         print(f"{name:<27}" + "".join(f"{error[n - 1]:>10.5f}" for n in points))
     axis.set(xlabel="steps since the last frame seen (4 frames each)", ylabel="mean squared error a pixel",
-             title=f"{game}: how long do dreams stay true?")
+             ylim=0, title=f"{game}: how long do dreams stay true?")
     axis.legend()
     figure.savefig(path, dpi=120)
 
@@ -281,14 +293,13 @@ def open_loop_picture(errors, game, path):
 def strip_picture(truth, dreamed, game, path, columns=(0, 1, 2, 5, 10, 15, 20, 30, 45, 60)):
     """True (top) and dreamed (bottom) frames of one sequence, (T,3,64,64) each, at these numbers of steps."""
     figure = libraries()[0]((len(columns), 2.6), layout="constrained")
-    for row, (name, frames) in enumerate((("truth", truth), ("dream", dreamed))):
-        for column, n in enumerate(columns):
-            axis = figure.add_subplot(2, len(columns), row * len(columns) + column + 1, xticks=[], yticks=[])
-            axis.imshow(image_bytes(frames[CONTEXT - 1 + n]))
-            if row == 0:
-                axis.set_title("last seen" if n == 0 else f"+{n}", fontsize=9)
-            if column == 0:
-                axis.set_ylabel(name)
+    axes = figure.subplots(2, len(columns), subplot_kw=dict(xticks=[], yticks=[]))
+    for n, top, bottom in zip(columns, *axes):
+        top.imshow(image_bytes(truth[CONTEXT - 1 + n]))
+        bottom.imshow(image_bytes(dreamed[CONTEXT - 1 + n]))
+        top.set_title(f"+{n}" if n else "last seen", fontsize=9)
+    axes[0, 0].set_ylabel("truth")
+    axes[1, 0].set_ylabel("dream")
     figure.suptitle(f"{game}: steps after the eyes were shut, true actions given", fontsize=10)
     figure.savefig(path, dpi=120)
 
@@ -297,32 +308,17 @@ def strip_picture(truth, dreamed, game, path, columns=(0, 1, 2, 5, 10, 15, 20, 3
 # Many runs beside published ones
 # ------------------------------------------------------------------------------------------------------------
 
-# Mean scores at 100,000 agent steps, published, none of them run here: from the repositories of IRIS (for
-# SimPLe and IRIS), DreamerV3 (second version) and DIAMOND. Random and human stand in train.REFERENCE.
-METHODS = ("SimPLe", "IRIS", "DreamerV3", "DIAMOND")
-PUBLISHED = {
-    "alien": (616.88, 420.02, 1117.67, 744.12), "amidar": (74.26, 142.98, 97.45, 225.76),
-    "assault": (527.2, 1524.4, 683.47, 1526.37), "asterix": (1128.28, 853.6, 1062, 3698.5),
-    "bank_heist": (34.25, 53.08, 397.83, 19.74), "battle_zone": (4031.23, 13074, 20300, 4702),
-    "boxing": (7.75, 70.06, 82.06, 86.9), "breakout": (16.38, 83.66, 9.66, 132.48),
-    "chopper_command": (979.38, 1565, 2222, 1369.8), "crazy_climber": (62583.59, 59324.2, 80060, 99167.8),
-    "demon_attack": (208.14, 2034.36, 577.25, 288.12), "freeway": (16.68, 31.06, 0, 33.32),
-    "frostbite": (236.88, 259.12, 3377, 274.06), "gopher": (596.75, 2236.12, 2204, 5897.92),
-    "hero": (2656.61, 7037.4, 13354.17, 5621.78), "jamesbond": (100.47, 462.7, 540, 427.38),
-    "kangaroo": (51.25, 838.2, 2643.33, 5382.2), "krull": (2204.84, 6616.42, 8171, 8610.14),
-    "kung_fu_master": (14862.5, 21759.8, 25560, 18713.6), "ms_pacman": (1479.97, 999.06, 1520.67, 1958.18),
-    "pong": (12.82, 14.6, -5, 20.36), "private_eye": (34.97, 100, 3237.8, 114.3),
-    "qbert": (1288.83, 745.72, 2921.42, 4499.3), "road_runner": (5640.62, 9614.6, 19230, 20673.2),
-    "seaquest": (683.31, 661.32, 962, 551.24), "up_n_down": (3350.28, 3546.2, 49456, 3856.28),
-}
-HIEROS = {"frostbite": 2901, "jamesbond": 939, "private_eye": 1507}  # published; the only ones known to us
-AGGREGATES = ("mean", "median", "IQM", "optimality gap")
+def read_published():
+    """{method: {game: score}} of results/published.csv, whose head names the sources. A column more in that
+    file is a method more in tables and bars. Random and human stand in train.REFERENCE."""
+    lines = (Path(__file__).parent / "results" / "published.csv").read_text().splitlines()
+    rows = list(csv.DictReader(line for line in lines if not line.startswith("#")))
+    return {method: {row["game"]: float(row[method]) for row in rows if row[method]}
+            for method in rows[0] if method != "game"}
 
 
-def normalised(game, score):
-    """Human-normalised: 0 is a random policy, 1 a human tester."""
-    random, human = REFERENCE[game]
-    return (score - random) / (human - random)
+PUBLISHED = read_published()
+AGGREGATES = ("mean", "median", "IQM", "optimality gap")  # more is better; of the gap, less
 
 
 def aggregate(scores):
@@ -343,83 +339,96 @@ def aggregate(scores):
 
 def bootstrap(scores, resamples=2000, seed=0):
     """(2,4) ends of the 95% intervals of AGGREGATES. Stratified: each game's runs are redrawn among
-    themselves."""
+    themselves. NaN where every game has one run: no width at all would be a lie."""
+    if max(map(len, scores)) == 1:
+        return np.full((2, len(AGGREGATES)), np.nan)
     rng = np.random.default_rng(seed)
     draws = [aggregate([rng.choice(s, len(s)) for s in scores]) for _ in range(resamples)]
     return np.percentile(draws, [2.5, 97.5], 0)
 
 
 def load_results(paths):
-    """{group: {game: {seed: result}}} of result files; a group, such as "preset paper, 3 levels, 100,000
-    steps", is what may be averaged. Raises UsageError for a file that is not one of ours, or a run that is
-    there twice."""
+    """{group: {game: [result, ...]}} of result files, all in order, results by seed; a group, such as "preset
+    paper, levels 3, tau 0.0, 100,000 agent steps", is what may be averaged: only seeds differ. Raises
+    UsageError for a file that is not one of ours, or a run that is there twice."""
     kinds = {"game": str, "preset": str, "levels": int, "seed": int, "agent_steps": int, "returns": list,
-             "curve": list}
-    groups, origin = defaultdict(lambda: defaultdict(dict)), {}
+             "curve": list, "settings": dict}
+    runs, groups = {}, defaultdict(lambda: defaultdict(list))
     for path in paths:
         try:
-            run = json.loads(Path(path).read_text())
+            run = {"settings": {}} | json.loads(Path(path).read_text())
             for name, kind in kinds.items():
                 if not isinstance(run[name], kind):
                     raise ValueError(f"{name} is not {kind.__name__}")
-            returns = np.array(run["returns"], float)
-            if not returns.size or not np.isfinite(returns).all():
+            if not run["returns"] or not np.isfinite(np.array(run["returns"], float)).all():
                 raise ValueError("returns are not finite numbers")
-            run["mean"] = float(returns.mean())
+            run["path"], run["mean"] = path, float(np.mean(run["returns"]))
             run["curve"] = np.array(run["curve"], float).reshape(-1, 2)  # (episodes, [step, return])
         except OSError as error:
             raise UsageError(f"{path} cannot be read: {error.strerror}")
         except (LookupError, TypeError, ValueError) as error:
             reason = f"{type(error).__name__}, {error}"
             raise UsageError(f"{path} is not a result of this program: {reason}") from error
-        group = f"preset {run['preset']}, levels {run['levels']}, {run['agent_steps']:,} agent steps"
-        name = f"{run['game']}, seed {run['seed']}, {group}"
-        if name in origin:
-            raise UsageError(f"{path} and {origin[name]} are the same run: {name}")
-        origin[name] = path
-        groups[group][run["game"]][run["seed"]] = run
+        settings = {"preset": run["preset"], "levels": run["levels"]} | run["settings"]
+        group = "".join(f"{name} {value}, " for name, value in settings.items())
+        group += f"{run['agent_steps']:,} agent steps"
+        first = runs.setdefault((group, run["game"], run["seed"]), run)
+        if first is not run:
+            raise UsageError(f"{path} and {first['path']} are the same run:"
+                             f" {run['game']}, seed {run['seed']}, {group}")
+    for (group, game, seed), run in sorted(runs.items(), key=lambda item: item[0]):
+        groups[group][game].append(run)
     return groups
+
+
+def human_normalised(groups):
+    """{name: {game: (runs,) scores}} of our groups and of the published methods, whose names end in *: 0 is
+    a random player, 1 a human tester. Games that have no such reference are left out."""
+    scores = {group: {game: [run["mean"] for run in runs] for game, runs in games.items()}
+              for group, games in groups.items()}
+    scores |= {method + "*": {game: [score] for game, score in games.items()}
+               for method, games in PUBLISHED.items()}
+    return {name: {game: (np.array(runs) - REFERENCE[game][0]) / (REFERENCE[game][1] - REFERENCE[game][0])
+                   for game, runs in games.items() if game in REFERENCE} for name, games in scores.items()}
 
 
 def summarise(groups):
     """What --table prints, ready for JSON: of each group the games' scores and AGGREGATES with their
     intervals, beside those of the published methods over the same games."""
-    summaries = []
-    for group, games in sorted(groups.items()):
-        scores = {game: np.array([games[game][seed]["mean"] for seed in sorted(games[game])])
-                  for game in sorted(games)}
-        known = [game for game in scores if game in REFERENCE]
-        ours = [normalised(game, scores[game]) for game in known]
-        theirs = {method + "*": [normalised(game, np.array([PUBLISHED[game][i]])) for game in known]
-                  for i, method in enumerate(METHODS)}
-        # With one run a game there is nothing to redraw, and an interval of no width would be a lie.
-        several = max(map(len, ours), default=0) > 1
+    scores, summaries = human_normalised(groups), []
+    for group, games in groups.items():
+        ours = scores[group]
+        rows = {"here": ours} | {name: theirs for name, theirs in scores.items()
+                                 if name.endswith("*") and ours.keys() <= theirs.keys()}
+        rows = {name: [theirs[game] for game in ours] for name, theirs in rows.items() if ours}
+        ends = bootstrap(rows["here"]) if ours else np.array([np.nan])
         summaries.append({
-            "group": group, "scores": {game: runs.tolist() for game, runs in scores.items()},
-            "human_normalised": {game: float(runs.mean()) for game, runs in zip(known, ours)},
+            "group": group, "scores": {game: [run["mean"] for run in runs] for game, runs in games.items()},
+            "human_normalised": {game: float(runs.mean()) for game, runs in ours.items()},
             "aggregates": {name: dict(zip(AGGREGATES, aggregate(runs).tolist()))
-                           for name, runs in ({"here": ours} | theirs).items() if known},
-            "interval": dict(zip(AGGREGATES, bootstrap(ours).T.tolist())) if several else None})
+                           for name, runs in rows.items()},
+            "interval": None if np.isnan(ends).any() else dict(zip(AGGREGATES, ends.T.tolist()))})
     return summaries
 
 
 def print_table(group, scores, human_normalised, aggregates, interval):
     """One of the summaries of `summarise` as Markdown."""
     def table(*rows):
-        widths = [max(len(str(cell)) for cell in column) for column in zip(*rows)]
-        rows = [rows[0], ["-" * (width - 1) + ":" for width in widths], *rows[1:]]
-        for row in rows:
+        widths = [max(map(len, column)) for column in zip(*rows)]
+        for row in rows[0], ["-" * (width - 1) + ":" for width in widths], *rows[1:]:
             print("| " + " | ".join(f"{cell:>{width}}" for cell, width in zip(row, widths)) + " |")
         print()
 
     print(f"### {group}\n")
-    table(["game", "runs", "score", "std", "normalised", "random*", "human*",
-           *(name + "*" for name in METHODS), "Hieros*"],
-          *[[game, len(runs), f"{np.mean(runs):.1f}", f"{np.std(runs, ddof=1):.1f}" if len(runs) > 1 else "-",
+    others = {"random": {game: low for game, (low, _) in REFERENCE.items()},
+              "human": {game: high for game, (_, high) in REFERENCE.items()}} | PUBLISHED
+    table(["game", "runs", "score", "std", "normalised", *(name + "*" for name in others)],
+          *[[game, f"{len(runs)}", f"{np.mean(runs):.1f}",
+             f"{np.std(runs, ddof=1):.1f}" if len(runs) > 1 else "-",
              f"{human_normalised[game]:.3f}" if game in human_normalised else "-",
-             *REFERENCE.get(game, "--"), *PUBLISHED.get(game, "-" * len(METHODS)), HIEROS.get(game, "-")]
+             *(f"{known[game]:.1f}" if game in known else "-" for known in others.values())]
             for game, runs in scores.items()])
-    print("* published by others, not run here; Hieros second-hand, three games known.")
+    print("* published by others, not run here; sources in results/published.csv.")
     n, N, outside = len(human_normalised), len(REFERENCE), scores.keys() - human_normalised.keys()
     if outside:
         print(f"Not of Atari 100k, in no aggregate: {', '.join(sorted(outside))}.")
@@ -434,27 +443,55 @@ def print_table(group, scores, human_normalised, aggregates, interval):
         table(["", *AGGREGATES], *rows)
 
 
+def bars_picture(groups, path):
+    """Human-normalised scores as bars, ours in colour above published ones in grey: a panel a game, then the
+    AGGREGATES over the games that all groups have. Whiskers are the 95% intervals of `bootstrap`."""
+    scores, colours = human_normalised(groups), {group: f"C{i}" for i, group in enumerate(groups)}
+    games = sorted(set().union(*(scores[group] for group in groups)))
+    common = [game for game in games if all(game in scores[group] for group in groups)]
+    panels = [(game, [game], 0) for game in games]  # title, games, which of AGGREGATES
+    if len(common) > 1:
+        panels += [(f"{name}, {len(common)} games", common, i) for i, name in enumerate(AGGREGATES)]
+    if not panels:
+        raise UsageError("no result is of a game of Atari 100k: there is nothing to set beside it")
+    figure, axes = draw_axes(len(panels), 3, 0.2 * len(scores) + 0.6)
+    for axis, (title, over, i) in zip(axes, panels):
+        bars = {name: [theirs[game] for game in over] for name, theirs in scores.items()
+                if theirs.keys() >= set(over)}
+        value = np.array([aggregate(runs)[i] for runs in bars.values()])
+        ends = np.array([bootstrap(runs)[:, i] for runs in bars.values()]).T
+        axis.barh(range(len(bars)), value, xerr=np.abs(ends - value),
+                  color=[colours.get(name, "silver") for name in bars])
+        axis.set_yticks(range(len(bars)), ["here" if name in groups else name for name in bars], fontsize=8)
+        axis.axvline(1, color="black", linestyle=":")
+        axis.set_title(title)
+        axis.invert_yaxis()
+    for group, colour in colours.items():
+        axes[0].barh(0, 0, color=colour, label=group)  # for the legend only
+    figure.legend(loc="outside lower center", fontsize=8)
+    figure.suptitle("human-normalised scores (* published)\n0 random player, 1 (dotted) human", fontsize=9)
+    figure.savefig(path, dpi=120)
+
+
 def curves_picture(groups, path):
     """Learning curves: of each game and group the mean over runs, and their range, of the last ten
     episodes' mean."""
     names = sorted({game for games in groups.values() for game in games})
-    rows = -(-len(names) // 5)
-    columns = -(-len(names) // rows)
-    figure = libraries()[0]((4 * columns, 3 * rows), layout="constrained")
-    for i, game in enumerate(names):
-        axis = figure.add_subplot(rows, columns, i + 1, title=game, xlabel="agent steps", ylabel="return")
-        for colour, group in enumerate(sorted(groups)):
-            curves = [run["curve"] for run in groups[group].get(game, {}).values() if len(run["curve"])]
+    figure, axes = draw_axes(len(names), 4, 3)
+    for axis, game in zip(axes, names):
+        for colour, (group, games) in enumerate(groups.items()):
+            curves = [run["curve"] for run in games.get(game, ()) if len(run["curve"])]
             if not curves:  # not one episode ended
                 continue
             # From where every run has ended an episode to where one has ended its last.
             begin, end = max(curve[0, 0] for curve in curves), min(curve[-1, 0] for curve in curves)
-            grid = np.linspace(begin, end, 100)
-            smooth = [np.interp(grid, curve[:, 0], [curve[max(0, n - 9):n + 1, 1].mean()
-                                                    for n in range(len(curve))]) for curve in curves]
-            axis.plot(grid, np.mean(smooth, 0), f".-C{colour}", markersize=2,
+            steps = np.linspace(begin, end, 100)
+            smooth = [np.interp(steps, curve[:, 0], [curve[max(0, n - 9):n + 1, 1].mean()
+                                                     for n in range(len(curve))]) for curve in curves]
+            axis.plot(steps, np.mean(smooth, 0), f".-C{colour}", markersize=2,
                       label=f"{group}, runs: {len(curves)}")
-            axis.fill_between(grid, np.min(smooth, 0), np.max(smooth, 0), color=f"C{colour}", alpha=0.25)
+            axis.fill_between(steps, np.min(smooth, 0), np.max(smooth, 0), color=f"C{colour}", alpha=0.25)
+        axis.set(title=game, xlabel="agent steps", ylabel="return, mean of 10 episodes")
         axis.legend(fontsize=6)
     figure.savefig(path, dpi=120)
 
@@ -473,25 +510,21 @@ def s5_picture(config, agent, path, lags=128):
     """
     torch.manual_seed(config.seed)  # as Run does: on a CPU these are the weights that the run began with
     fresh = make_agent(config, Atari(config.game))
-    figure = libraries()[0]((12, 3.6), layout="constrained")
-    circle, some, every = figure.subplots(1, 3)
+    figure, (circle, some, every) = draw_axes(3, 4, 3)
     angle = np.linspace(0, np.pi, 200)
     circle.plot(np.cos(angle), np.sin(angle), "lightgray")
     for who, name, marker, line in ((fresh, "before training", "C7o", "--"),
                                     (agent, "after training", "C3.", "-")):
         stack = who.levels[0].world_model.s5
-        Lambda_bar = torch.cat([each for each, _ in stack.discretise()]).cpu().numpy()
-        circle.plot(Lambda_bar.real, np.abs(Lambda_bar.imag), marker, label=name)  # conjugates: below
-        layer, H = stack.blocks[0].s5, config.hidden
-        u = torch.zeros(H, lags, H, device=layer.D.device)  # one sequence an input, a 1 in its first step
-        u[:, 0] = torch.eye(H)
-        state = torch.zeros(H, config.state_size // 2, dtype=torch.cfloat, device=u.device)
-        y, _ = layer(u, state, torch.zeros(H, lags, dtype=torch.bool, device=u.device))
-        kernel = (y - layer.D * u).cpu()  # (input, lag, output)
+        Lambda_bar, B_bar = (each.cpu() for each in stack.discretise())
+        circle.plot(Lambda_bar.real.ravel(), Lambda_bar.imag.abs().ravel(), marker, label=name)  # upper half
+        powers = Lambda_bar[0] ** torch.arange(lags)[:, None]
+        kernel = real_view(powers * complex_view(B_bar[0])[:, None]) @ stack.blocks[0].s5.C.cpu()
+        # (input, lag, output)
         for i in range(3):
             some.plot(kernel[0, :, i], f"C{i}{line}", linewidth=1)
         every.plot(kernel.square().mean((0, 2)).sqrt(), marker[:2] + line, label=name)
-    circle.set(title="eigenvalues: inside the circle = stable", xlabel="real", ylabel="imaginary")
+    circle.set(title="eigenvalues: near the circle = long memory", xlabel="real", ylabel="imaginary")
     circle.set_aspect("equal")
     some.set(title="three kernels: before (dashed), after", xlabel="steps since the impulse")
     every.set(title="all kernels, root mean square", xlabel="steps since the impulse", ylim=0)
@@ -501,10 +534,8 @@ def s5_picture(config, agent, path, lags=128):
 
 
 def etbs_picture(path, steps=20_000, bins=40):
-    """Where the draws of one moment come from, and how often each step has been drawn at the end, one draw
-    a step."""
-    figure = libraries()[0]((10, 4), layout="constrained")
-    now, ever = figure.subplots(1, 2)
+    """Where one draw comes from, and how often each step has been drawn in the end, with one draw a step."""
+    figure, (now, ever) = draw_axes(2, 5, 3.4)
     u = np.linspace(1e-6, 0.999, 500)
     for color, tau, name in (("C0", 0.0, "uniform, tau = 0"), ("C1", 0.3, "Hieros, tau = 0.3"),
                              ("C2", 1.0, "tau = 1")):
@@ -512,13 +543,11 @@ def etbs_picture(path, steps=20_000, bins=40):
         for _ in range(steps):
             replay.add({})
             counts[replay.draw(1)] += 1
-        draws, edges = np.histogram(replay.draw(200_000) / steps, bins, (0, 1), density=True)
-        now.stairs(draws, edges, baseline=None, color=color, alpha=0.5)
         # position(u) = tau F(u) + (1 - tau) u has the density 1 / position'(u), and F'(u) = -ln u.
         now.plot(tau * etbs_cdf(u) + (1 - tau) * u, 1 / (1 - tau - tau * np.log(u)), color=color, label=name)
-        ever.stairs(counts.reshape(bins, -1).mean(1), edges, baseline=None, color=color, label=name)
-    now.set(title="draws of one moment: law (line), histogram (steps)", ylabel="density", ylim=(0, 3))
-    ever.set(title="draws over a whole training, one a step", ylabel="times a step has been drawn", ylim=0)
+        ever.plot((np.arange(bins) + 0.5) / bins, counts.reshape(bins, -1).mean(1), color=color, label=name)
+    now.set(title="where one draw comes from", ylabel="density", ylim=(0, 3))
+    ever.set(title="after a whole training, one draw a step", ylabel="times a step has been drawn", ylim=0)
     for axis in (now, ever):
         axis.set_xlabel("position in the replay: 0 oldest, 1 newest")
         axis.legend()
@@ -530,45 +559,60 @@ def etbs_picture(path, steps=20_000, bins=40):
 # ------------------------------------------------------------------------------------------------------------
 
 EXAMPLES = """examples:
-  python evaluate.py runs/pong-0                         100 episodes, written to runs/pong-0/evaluation.json
-  python evaluate.py runs/pong-0 --episodes 20 --json -  the score as JSON on the standard output, for scripts
-  python evaluate.py runs/pong-0 --video film.gif        what it sees, dreams and wants
-  python evaluate.py runs/pong-0 --open_loop error.png --strip strip.png
-  python evaluate.py --table runs/*/evaluation.json      all runs beside published scores
-  python evaluate.py --etbs sampling.png
+  python evaluate.py runs/pong-0                          play 100 episodes, write runs/pong-0/evaluation.json
+  python evaluate.py runs/pong-0 --episodes 20 --json -   JSON on the standard output, for scripts
+  python evaluate.py runs/pong-0 --video film.gif         what it sees, dreams and wants
+  python evaluate.py --table --bars bars.png runs/*/evaluation.json      all runs beside published scores
+  python evaluate.py --table --json - runs/*/evaluation.json | jq '.[0].aggregates.here.IQM'
+
+exit codes: 0 done; 2 the command or a file is wrong, one line on the standard error says what; 130 Ctrl+C
 """
-OF_A_RUN, OF_MANY = ("video", "dream", "open_loop", "strip", "s5"), ("table", "curves")
+
+
+def writable(path, suffix=""):
+    """The name of a file to write, checked. Raises UsageError before any work is done."""
+    if not path.endswith(suffix):
+        raise UsageError(f"{path}: the name must end in {suffix}")
+    if not Path(path).parent.is_dir():
+        raise UsageError(f"{path} cannot be written: there is no directory {Path(path).parent}")
+    if suffix:
+        libraries()
+    return path
 
 
 def parse(argv):
     """The arguments of the command line. Raises UsageError, before any work is done, for what cannot
     succeed."""
-    parser = Parser(description="Score a trained agent, watch it, and set it beside others. With a film or a"
-                    " picture the score is left out, unless --episodes or --json is given too.",
-                    epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
-    add = parser.add_argument
-    add("paths", nargs="*", metavar="RUN|RESULT.json",
-        help="the directory of a run; for --table and --curves result files (a run has evaluation.json)")
-    add("--episodes", type=int, metavar="N", help="episodes to score (default: 100)")
-    add("--seed", type=int, default=0, metavar="N", help="seed of the episodes played here (default: 0)")
+    parser = Parser(description="Score a trained agent, watch it, and set it beside others.", epilog=EXAMPLES,
+                    formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    gif, png = (dict(type=lambda path, suffix=suffix: writable(path, suffix), metavar="FILE" + suffix)
+                for suffix in (".gif", ".png"))
+    parser.add_argument("paths", nargs="*", metavar="RUN|RESULT.json",
+                        help="the directory of a run, or the result files of many runs")
+    parser.add_argument("--json", type=writable, metavar="FILE", help="where the score (default:"
+                        " RUN/evaluation.json) or the table goes as JSON; - prints it and nothing else")
+    add = parser.add_argument_group("one run", "Without films and pictures: its score over 100 episodes; with"
+                                    "\nthem only if --episodes or --json asks for it.").add_argument
+    add("--episodes", type=int, metavar="N", help="play N episodes and score them")
+    add("--video", **gif, help="film: the game, its reconstruction, a dream, the subgoals, novelty")
+    add("--dream", **gif, help="film: the agent plays on inside its own world model")
+    add("--open_loop", **png, help="error of dreams by their length, beside two baselines")
+    add("--strip", **png, help="true frames above dreamed ones")
+    add("--s5", **png, help="eigenvalues and kernels of the S5 layers before and after training")
+    add("--seed", type=int, default=0, metavar="N", help="seed of what is played here (default: 0)")
     add("--device", default="auto", metavar="NAME", help="auto, cpu, cuda, cuda:1, ... (default: auto)")
-    add("--json", metavar="FILE", help="where score (default: RUN/evaluation.json) or table go as JSON;"
-        " - prints it and nothing else")
-    add("--video", metavar="FILE.gif", help="film: game, reconstruction, dream, subgoals, novelty")
-    add("--dream", metavar="FILE.gif", help="film: the agent plays inside its own world model")
-    add("--open_loop", metavar="FILE.png", help="error of dreams by their length, beside two baselines")
-    add("--strip", metavar="FILE.png", help="true frames above dreamed ones")
-    add("--s5", metavar="FILE.png", help="eigenvalues and kernels of the S5 layers before and after training")
-    add("--table", action="store_true", help="scores of result files beside published ones, and aggregates")
-    add("--curves", metavar="FILE.png", help="learning curves of result files; band: range over runs")
-    add("--etbs", metavar="FILE.png", help="time-balanced against uniform sampling; needs no run")
+    add = parser.add_argument_group("many runs").add_argument
+    add("--table", action="store_true", help="scores and aggregates beside published ones, as Markdown")
+    add("--bars", **png, help="the same as horizontal bars")
+    add("--curves", **png, help="learning curves: mean over runs and, as a band, their range")
+    add = parser.add_argument_group("no run").add_argument
+    add("--etbs", **png, help="time-balanced against uniform sampling of the replay")
     args = parser.parse_intermixed_args(argv)
 
-    asked = [name for name in (*OF_A_RUN, *OF_MANY, "etbs") if getattr(args, name)]
-    one = [name for name in (*OF_A_RUN, "episodes") if getattr(args, name) is not None]
-    pictures = [name for name in asked if name != "table"]
-    args.many = [name for name in asked if name in OF_MANY]
-    args.score = args.episodes is not None or not asked or (args.json is not None and not args.many)
+    films = [name for name in ("video", "dream", "open_loop", "strip", "s5") if getattr(args, name)]
+    one = films + ["episodes"] * (args.episodes is not None)
+    args.many = [name for name in ("table", "bars", "curves") if getattr(args, name)]
+    args.score = "episodes" in one or not (films or args.many or args.etbs) or (args.json and not args.many)
     if args.many and one:
         raise UsageError(f"--{args.many[0]} is about many runs and --{one[0]} about one: use two commands")
     if args.many and not args.paths:
@@ -576,19 +620,10 @@ def parse(argv):
     if not args.many and len(args.paths) != bool(one or args.score):
         raise UsageError("name one directory of a run, for example runs/pong-0" if one or args.score else
                          "--etbs needs no run")
-    if args.json == "-" and set(asked) & set(OF_A_RUN):
+    if args.json == "-" and films:
         raise UsageError("--json - prints nothing but the score: make films and pictures by another command")
     if args.episodes is not None and args.episodes < 1:
         raise UsageError(f"--episodes {args.episodes} is out of range: at least 1")
-    for name in pictures:
-        suffix = ".gif" if name in ("video", "dream") else ".png"
-        if Path(getattr(args, name)).suffix != suffix:
-            raise UsageError(f"--{name} {getattr(args, name)}: the name must end in {suffix}")
-    for path in [getattr(args, name) for name in pictures] + [args.json or "-"]:
-        if not Path(path).parent.is_dir():
-            raise UsageError(f"{path} cannot be written: there is no directory {Path(path).parent}")
-    if pictures:
-        libraries()
     return args
 
 
@@ -629,15 +664,16 @@ def one_run(args):
 
 
 def many_runs(args):
-    """Table and curves of result files."""
+    """Table, bars and curves of result files."""
     groups = load_results(args.paths)
     if args.curves:
         curves_picture(groups, args.curves)
-    if args.table:
-        summaries = summarise(groups)
-        if args.json:
-            write_json(summaries, args.json)
-        for summary in summaries if args.json != "-" else ():
+    if args.bars:
+        bars_picture(groups, args.bars)
+    if args.json:
+        write_json(summarise(groups), args.json)
+    if args.table and args.json != "-":
+        for summary in summarise(groups):
             print_table(**summary)
 
 
@@ -663,3 +699,5 @@ if __name__ == "__main__":
     except UsageError as error:
         print(f"evaluate.py: {error}", file=sys.stderr)
         sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)

@@ -17,6 +17,7 @@ Symbols (the same in every file):
     *_bar            the same after discretisation
 """
 
+import contextlib
 import math
 
 import torch
@@ -132,6 +133,12 @@ def complex_view(x):
     return torch.view_as_complex(x.unflatten(-1, (-1, 2)))
 
 
+def full_precision(device):
+    """A context without autocast: a recurrence adds up its rounding errors, so it stays in float32."""
+    known = torch.amp.is_autocast_available(device)  # on the meta device there is none to switch off
+    return torch.autocast(device, enabled=False) if known else contextlib.nullcontext()
+
+
 def zero_order_hold(log_decay, frequency, log_Delta, B):
     """Discretise a layer: its input is held for Delta (S5, Section 2.1).
 
@@ -224,10 +231,7 @@ class S5Block(nn.Module):
 
 
 class S5Stack(nn.Module):
-    """Several S5Blocks. Its state is (B, layers, P/2) complex: every layer's, from which h is read.
-
-    Both modes compute in float32, under bfloat16 autocast too: a recurrence adds up its rounding errors.
-    """
+    """Several S5Blocks. Its state is (B, layers, P/2) complex: every layer's, from which h is read."""
 
     def __init__(self, features, state_size, layers):
         super().__init__()
@@ -253,7 +257,7 @@ class S5Stack(nn.Module):
             raise ValueError(f"S5Stack of H={self.features}, (layers, P/2)={self.state_shape} got u"
                              f" {tuple(u.shape)}, state {tuple(state.shape)}, reset {tuple(reset.shape)};"
                              " expected (B,T,H), (B,layers,P/2), (B,T)")
-        with torch.autocast(u.device.type, enabled=False):
+        with full_precision(u.device.type):
             Lambda_bar, B_bar = self.discretise()
             a = Lambda_bar * (~reset)[..., None, None]  # (B, T, layers, P/2)
             strides, u, states = products(a.detach()), u.float(), []
@@ -265,7 +269,7 @@ class S5Stack(nn.Module):
     def step(self, u, state, discretised=None):
         """One step: u (B,H), state (B,layers,P/2) -> m (B,H), x (B,layers,P/2). To forget, pass a state of
         zeros. discretised: what `discretise` returned, if at hand."""
-        with torch.autocast(u.device.type, enabled=False):
+        with full_precision(u.device.type):
             Lambda_bar, B_bar = discretised or self.discretise()
             kept, u, states = real_view(Lambda_bar * state), u.float(), []  # (B, layers, P)
             for block, *own in zip(self.blocks, kept.unbind(1), B_bar):

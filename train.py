@@ -47,7 +47,7 @@ class Config:
                           " paper on a CUDA device, cpu otherwise", choices=["auto", "paper", "cpu", "debug"])
     seed: int = setting(0, "seed of everything random", 0)
     device: str = setting("auto", "auto, cpu, cuda, cuda:1, ...")
-    logdir: str = setting("", "where the run is written; default runs/GAME-SEED")
+    logdir: str = setting("", "where the run is written (default runs/GAME-SEED)")
     levels: int = setting(3, "L, levels of the hierarchy; 1 is the flat agent", 1, 6)
     k: int = setting(4, "a level acts every k ticks of the level below", 2, 64)
 
@@ -123,14 +123,31 @@ class Parser(argparse.ArgumentParser):
         raise UsageError(message)
 
 
+EXAMPLES = """examples:
+  python train.py --game pong                            writes runs/pong-0
+  python train.py --game breakout --levels 1 --seed 3    the flat agent, in runs/breakout-3
+  python train.py --logdir runs/pong-0 --resume          goes on where it was stopped or killed
+  python train.py --preset debug --logdir runs/try       does it work at all? in under a minute
+
+exit codes: 0 done; 1 a loss was not finite; 2 the command or a file is wrong, one line on the standard error
+says what; 130 or 143 stopped by Ctrl+C or SIGTERM, and saved
+"""
+
+
 def parse_config(argv):
     """(explicitly given {name: value}, resume) from a command line. Raises UsageError; only --help exits."""
-    parser = Parser(description="Train Hieros on an Atari game.", allow_abbrev=False,
-                    epilog="example: python train.py --game breakout --levels 1 --seed 3")
+    parser = Parser(description="Train Hieros on an Atari game, then play it for a score.", epilog=EXAMPLES,
+                    usage="train.py [--game str] [--seed int] [any setting below] [--resume]",
+                    formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     for field in dataclasses.fields(Config):
-        parser.add_argument("--" + field.name, type=field.type, choices=field.metadata["choices"],
-                            default=argparse.SUPPRESS, metavar=field.name.upper(),
-                            help=f"{field.metadata['help']} (paper: {field.default})")
+        values = {name: preset.get(field.name, field.default) for name, preset in PRESETS.items()}
+        if len(set(values.values())) == 1:
+            values = {"default": field.default}
+        defaults = ", ".join(f"{name} {value}" for name, value in values.items() if value != "")
+        choices = field.metadata["choices"]
+        parser.add_argument("--" + field.name, type=field.type, choices=choices, default=argparse.SUPPRESS,
+                            metavar="|".join(map(str, choices)) if choices else field.type.__name__,
+                            help=field.metadata["help"] + f" ({defaults})" * bool(defaults))
     parser.add_argument("--resume", action="store_true",
                         help="continue the run in --logdir from its last checkpoint")
     given = vars(parser.parse_args(argv))
@@ -383,7 +400,7 @@ class Run:
 
     def restart(self):
         """The next episode."""
-        self.log.write(self.step, {"episode/score": self.score})
+        self.log.write(self.step, {"episode/score": self.score, "episode/length": int(self.memory["t"][0])})
         self.curve.append([self.step, self.score])
         self.score = 0.0
         observation, _ = self.env.reset()
@@ -441,7 +458,8 @@ class Run:
 
 
 class Log:
-    """metrics.jsonl, one JSON object a line, and TensorBoard events if `tensorboard` is installed.
+    """metrics.jsonl, one JSON object a line, and TensorBoard events if `tensorboard` is installed. Names are
+    DreamerV3's where it has one.
 
     Metrics of updates are summed on the device and fetched only when a line is written: fetching waits for
     the device.
@@ -449,17 +467,16 @@ class Log:
 
     def __init__(self, directory):
         self.path, self.file, self.board = directory / "metrics.jsonl", None, None
-        self.sums, self.counts = {}, {}
+        self.sums = {}  # {level: (names, sums of their values, number of updates)}
 
     def add(self, step, level, metrics):
         """Sum the metrics {name: scalar tensor} of one update of a level. On the CPU they are checked at
         once; on a GPU looking would mean waiting, so there `flush` checks their sums."""
-        if metrics["model/kl_loss"].device.type == "cpu":
-            self.check(f"at step {step}", level, {name: value.item() for name, value in metrics.items()})
-        sums = self.sums.setdefault(str(level), {})
-        for name, value in metrics.items():
-            sums[name] = sums[name] + value if name in sums else value
-        self.counts[str(level)] = self.counts.get(str(level), 0) + 1
+        values = torch.stack([value.float() for value in metrics.values()])
+        if values.device.type == "cpu":
+            self.check(f"at step {step}", level, dict(zip(metrics, values.tolist())))
+        _, total, count = self.sums.get(level, (None, 0, 0))
+        self.sums[level] = list(metrics), total + values, count + 1
 
     def write(self, step, values, level=None):
         """One line: {"step", "level" where there is one, name: value, ...}."""
@@ -488,28 +505,27 @@ class Log:
     def means(self, step):
         """{level: {name: mean since the last flush}}, checked."""
         result = {}
-        for level, sums in self.sums.items():
-            means = torch.stack([value.float() for value in sums.values()]).cpu() / self.counts[level]
-            result[level] = dict(zip(sums, means.tolist()))
+        for level, (names, total, count) in self.sums.items():
+            result[level] = dict(zip([f"train/{name}" for name in names], (total / count).tolist()))
             self.check(f"in the updates up to step {step}", level, result[level])
         return result
 
     def flush(self, step):
         """Write the mean metrics since the last flush, one line a level."""
         for level, values in self.means(step).items():
-            self.write(step, values, int(level))
-        self.sums, self.counts = {}, {}
+            self.write(step, values, level)
+        self.sums = {}
 
     def state(self):
         """What `restore` needs: the file's length and the sums not yet written."""
         return {"bytes": self.path.stat().st_size if self.path.exists() else 0,
-                "sums": self.sums, "counts": self.counts}
+                "sums": self.sums}
 
     def restore(self, state):
         """Cut off the lines written after the checkpoint: the resumed run writes them again."""
         if self.path.exists():
             os.truncate(self.path, state["bytes"])
-        self.sums, self.counts = state["sums"], state["counts"]
+        self.sums = state["sums"]
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -523,7 +539,7 @@ def train(run, progress=True):
                 for number in (signal.SIGINT, signal.SIGTERM)}
     bar = tqdm(total=config.steps, initial=run.step, unit="step", disable=not progress, dynamic_ncols=True,
                mininterval=1.0)
-    phases, since = {"act": 0.0, "env": 0.0, "train": 0.0}, time.perf_counter()
+    phases, since, logged = {"act": 0.0, "env": 0.0, "train": 0.0}, time.perf_counter(), run.step
     try:
         while run.step < config.steps and not stopped:
             times = [time.perf_counter()]
@@ -543,9 +559,10 @@ def train(run, progress=True):
             if run.step % config.log_every == 0 or run.step == config.steps:
                 run.log.flush(run.step)
                 now = time.perf_counter()
-                run.seconds, since = run.seconds + now - since, now
                 run.log.write(run.step, {f"seconds/{name}": value for name, value in phases.items()}
-                              | {"seconds/total": run.seconds})
+                              | {"seconds/total": run.seconds + now - since,
+                                 "fps/policy": (run.step - logged) / (now - since)})
+                run.seconds, since, logged = run.seconds + now - since, now, run.step
                 phases = dict.fromkeys(phases, 0.0)
                 scores = [score for _, score in run.curve[-10:]]
                 bar.set_postfix(score=scores[-1] if scores else "-",
@@ -609,17 +626,21 @@ def play(agent, make_env, episodes, seed=0, progress=True):
 
 
 def result(config, step, seconds, curve, returns):
-    """What is known of a run, ready for a JSON file: settings, learning curve, final returns, command."""
+    """What is known of a run, ready for a JSON file: settings other than the preset's, learning curve, final
+    returns, command."""
     try:
         commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=Path(__file__).parent,
                                 capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         commit = "unknown"
+    usual = dataclasses.asdict(Config()) | PRESETS[config.preset]
+    settings = {name: value for name, value in dataclasses.asdict(config).items() if value != usual[name]
+                and name not in RESUMABLE | {"game", "preset", "seed", "logdir", "levels"}}
     random, human = REFERENCE.get(config.game, (None, None))
     mean = float(np.mean(returns))
     error = float(np.std(returns, ddof=1) / len(returns) ** 0.5) if len(returns) > 1 else None
     return {"game": config.game, "levels": config.levels, "seed": config.seed, "preset": config.preset,
-            "agent_steps": step, "hours": round(seconds / 3600, 3),
+            "settings": settings, "agent_steps": step, "hours": round(seconds / 3600, 3),
             "mean": mean, "median": float(np.median(returns)), "standard_error": error,
             "random": random, "human": human,
             "human_normalised": None if human is None else (mean - random) / (human - random),

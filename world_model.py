@@ -61,7 +61,8 @@ class TwoHot(nn.Module):
 
     def mean(self, logits):
         """(..., bins) -> (...): symlog of the prediction; `symexp` leads back to the scale of the target."""
-        return torch.softmax(logits, -1) @ self.bins
+        # Not a matmul: bfloat16 autocast would make it as coarse as the bins are wide.
+        return (torch.softmax(logits, -1) * self.bins).sum(-1)
 
     def loss(self, logits, *targets):
         """Cross-entropies to the two-hot codes of the targets (...), summed over the targets: (...). The code
@@ -102,6 +103,11 @@ def straight_through(p):
 def entropy(p):
     """Entropy in nats of categoricals (..., n, classes), summed over the n: (...)."""
     return torch.special.entr(p).sum((-2, -1))  # entr(p) = -p log p
+
+
+def log_prob(p, sample):
+    """Log-probability of a one-hot sample of categoricals (..., n, classes), summed over the n: (...)."""
+    return (p * sample).sum(-1).log().sum(-1)
 
 
 def kl_balance(q, p):
@@ -320,19 +326,20 @@ class WorldModel(nn.Module):
         reward_logits, cont_logit = self._outcome(z, h)
         reconstruction = self.decode(z, h)
         losses = {
-            "reconstruction": (reconstruction - observation).square().flatten(2).sum(-1),
-            "reward": self.twohot.loss(reward_logits, reward),
-            "continue": F.binary_cross_entropy_with_logits(cont_logit, (~is_terminal).float(),
-                                                           reduction="none"),
+            "image" if observation.ndim == 5 else "vector":
+                (reconstruction - observation).square().flatten(2).sum(-1),
+            "rew": self.twohot.loss(reward_logits, reward),
+            "con": F.binary_cross_entropy_with_logits(cont_logit, (~is_terminal).float(), reduction="none"),
         }
-        losses["kl"], divergence = kl_balance(q, p)
+        kl_loss, divergence = kl_balance(q, p)
         losses = {name: value.mean() for name, value in losses.items()}
-        metrics = {f"model/{name}_loss": value.detach() for name, value in losses.items()}
+        metrics = {f"loss/{name}": value.detach() for name, value in losses.items()}  # DreamerV3's names
         with torch.no_grad():
             states = State(x, z, h, entropy(q), self.twohot.mean(reward_logits), torch.sigmoid(cont_logit))
-            metrics |= {"model/kl": divergence.mean(), "model/posterior_entropy": states.entropy.mean(),
-                        "model/prior_entropy": entropy(p).mean()}
-        return sum(losses.values()), states.map(torch.Tensor.detach), metrics
+            metrics |= {"loss/dyn": divergence.clamp(min=1).mean(),  # its loss/rep has the same value
+                        "kl": divergence.mean(), "rep_ent": states.entropy.mean(),
+                        "dyn_ent": entropy(p).mean()}
+        return sum(losses.values()) + kl_loss.mean(), states.map(torch.Tensor.detach), metrics
 
     def decode(self, z, h):
         """(...,32,32), (...,H) -> observations (..., *observation_shape)."""
@@ -398,8 +405,7 @@ if __name__ == "__main__":  # a demonstration: a dot runs round a ring; which wa
         loss.backward()
         optimiser.step()
         if i % 100 == 0:
-            print(f"update {i:3d}   reconstruction {metrics['model/reconstruction_loss']:.3f}"
-                  f"   KL {metrics['model/kl']:.2f}")
+            print(f"update {i:3d}   reconstruction {metrics['loss/vector']:.3f}   KL {metrics['kl']:.2f}")
     observation, action, first = batch(1)
     dream = model.predict(observation, action, first)[0].argmax(-1)
     print("\naction   ", " ".join("<>"[i] for i in action.argmax(-1)[0]))
