@@ -141,18 +141,18 @@ class Critics(nn.Module):
 
 
 class Optimiser:
-    """Adam with clipped gradient norm, which `step` returns. No weight decay (the published AdamW has it)."""
+    """Adam with clipped gradient norm. No weight decay (the published AdamW has it)."""
 
     def __init__(self, module, lr, eps, clip):
         self.parameters, self.clip = list(module.parameters()), clip
         fused = self.parameters[0].device.type != "meta"  # one kernel for all parameters
         self.adam = torch.optim.Adam(self.parameters, lr, eps=eps, fused=fused, foreach=not fused)
 
-    def step(self, loss):
-        self.adam.zero_grad()
-        loss.backward()
+    def step(self):
+        """Apply the gradients and drop them. Returns their norm before it was clipped."""
         norm = nn.utils.clip_grad_norm_(self.parameters, self.clip)
         self.adam.step()
+        self.adam.zero_grad()
         return norm
 
 
@@ -224,7 +224,8 @@ class Level(nn.Module):
         # 1. The world model, on real sequences.
         loss, states, metrics = self.world_model.loss(self.dense(batch), action, batch["reward"],
                                                       batch["is_first"], batch["is_terminal"])
-        metrics["opt/model_grad_norm"] = self.optimisers["model"].step(loss)
+        loss.backward()
+        metrics["opt/model_grad_norm"] = self.optimisers["model"].step()
 
         # 2. Imagine from the states of the batch, each with the subgoal that was held there. Nothing comes
         # after a terminal state: what is imagined from one has weight zero.
@@ -241,7 +242,8 @@ class Level(nn.Module):
         if len(self.rewards) > 1:  # there is a level above or below; a flat agent has no use for subgoals
             loss, reward["novelty"] = self.autoencoder.loss(states.h[1:])
             metrics["loss/autoencoder"] = loss.detach()
-            metrics["opt/autoencoder_grad_norm"] = self.optimisers["autoencoder"].step(loss)
+            loss.backward()
+            metrics["opt/autoencoder_grad_norm"] = self.optimisers["autoencoder"].step()
         if "subgoal" in self.rewards:
             with torch.no_grad():
                 reward["subgoal"] = cosine_max(self.autoencoder.decode(subgoal), states.h[1:])
@@ -249,11 +251,22 @@ class Level(nn.Module):
 
         # 4. Actor and critics.
         feature = states.feature(subgoal.expand(len(states.h), -1, -1))
-        metrics |= self._behave(feature, actions, reward, self.gamma * states.cont[1:], alive)
-        return metrics
+        discount = self.gamma * states.cont[1:]
+        loss, more = self.behaviour_loss(feature, actions, reward, discount, alive)
+        loss.backward()  # actor and critics share no parameter, so one pass serves both
+        for name in ("actor", "critic"):
+            metrics[f"opt/{name}_grad_norm"] = self.optimisers[name].step()
+        with torch.no_grad():
+            torch._foreach_lerp_(list(self.slow_critics.parameters()), list(self.critics.parameters()),
+                                 self.slow)  # one launch for all of them
+        return metrics | more
 
-    def _behave(self, feature, actions, reward, discount, alive):
-        """REINFORCE and critics on imagined rollouts: feature (horizon+1,N,F), the rest (horizon,N,...)."""
+    def behaviour_loss(self, feature, actions, reward, discount, alive):
+        """REINFORCE and the critics' loss on imagined rollouts.
+
+        feature (horizon+1,N,F), actions (horizon,N,A), reward (horizon,N,R), discount (horizon,N), alive (N,).
+        Returns (the sum of both, metrics).
+        """
         twohot = self.critics.twohot
         logits = self.critics(feature)  # (horizon+1, N, R, bins): evaluated once, with gradients
         with torch.no_grad():
@@ -275,17 +288,12 @@ class Level(nn.Module):
         critic_loss = (weight[..., None] * critic_loss).mean((0, 1))  # (horizon, N, R) -> (R,)
 
         metrics = {"loss/policy": actor_loss.detach(), "ent/action": policy_entropy.detach().mean(),
-                   "adv_std": advantage.std(),
-                   "opt/actor_grad_norm": self.optimisers["actor"].step(actor_loss),
-                   "opt/critic_grad_norm": self.optimisers["critic"].step(critic_loss.sum())}
-        for kind, values in {"rew": reward.mean((0, 1)), "ret": returns.mean((0, 1)),
-                             "val": value.mean((0, 1)), "ret_scale": scale}.items():
-            metrics |= {f"{kind}/{name}": values[i] for i, name in enumerate(self.rewards)}
-        metrics |= {f"loss/value_{name}": critic_loss[i].detach() for i, name in enumerate(self.rewards)}
-        with torch.no_grad():
-            torch._foreach_lerp_(list(self.slow_critics.parameters()), list(self.critics.parameters()),
-                                 self.slow)  # one launch for all of them
-        return metrics
+                   "adv_std": advantage.std()}
+        for kind, values in {"rew": reward.mean((0, 1)), "ret": returns.mean((0, 1)), "ret_scale": scale,
+                             "val": value.mean((0, 1)), "loss/value": critic_loss.detach()}.items():
+            joint = "_" if kind == "loss/value" else "/"
+            metrics |= {kind + joint + name: values[i] for i, name in enumerate(self.rewards)}
+        return actor_loss + critic_loss.sum(), metrics
 
 
 # ------------------------------------------------------------------------------------------------------------

@@ -244,6 +244,7 @@ class S5Stack(nn.Module):
         layers = [(s5.log_decay, s5.frequency, s5.log_Delta, s5.B) for s5 in (b.s5 for b in self.blocks)]
         return zero_order_hold(*map(torch.stack, zip(*layers)))
 
+    @torch.compiler.disable  # torch.compile knows no gradients of complex numbers
     def forward(self, u, state, reset):
         """A whole sequence in parallel. u: (B,T,H); state before it: (B,layers,P/2); reset: (B,T) bool.
 

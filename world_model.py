@@ -348,6 +348,12 @@ class WorldModel(nn.Module):
 
     # ---- dreams ----
 
+    def dream(self, state, action, discretised):
+        """One step of it: State, action (N,A), what S5Stack.discretise returned -> the next State."""
+        m, x, h = self.advance(state.x, state.z, action, discretised)
+        p = self.prior(m)
+        return self._state(x, sample_onehot(p), h, p)
+
     @torch.no_grad()
     def imagine(self, start, policy, horizon):
         """Roll out `horizon` steps from N states, the prior in place of the eyes.
@@ -361,9 +367,7 @@ class WorldModel(nn.Module):
         state, states, actions = start, [start], []
         for _ in range(horizon):
             actions.append(policy(state))
-            m, x, h = self.advance(state.x, state.z, actions[-1], discretised)
-            p = self.prior(m)
-            state = self._state(x, sample_onehot(p), h, p)
+            state = self.dream(state, actions[-1], discretised)
             states.append(state)
         _, *fields = zip(*states)
         return State(None, *map(torch.stack, fields)), torch.stack(actions)
