@@ -21,7 +21,8 @@ import torch
 from hierarchy import onehot
 from replay import Replay, etbs_cdf
 from train import (REFERENCE, Atari, Parser, UsageError, autocast, env_step, keep_freed_memory,
-                   load_checkpoint, make_agent, make_config, play, report, result)
+                   load_checkpoint, make_agent, make_config, play, report, result, trusting,
+                   write_json)
 from world_model import sample_onehot, symexp
 
 SECOND = 15  # agent steps: 60 frames, 4 a step
@@ -38,16 +39,13 @@ def load_run(directory, device):
     settings pass the same checks as those of the command line. Raises UsageError if it does not fit.
     """
     path = Path(directory) / "checkpoint.pt"
-    checkpoint = load_checkpoint(path, "cpu")
-    try:
+    with trusting(path):
+        checkpoint = load_checkpoint(path, "cpu")
         config = make_config(checkpoint["config"] | {"device": device, "logdir": str(directory)})
         agent = make_agent(config, Atari(config.game))
         agent.load_state_dict(checkpoint["weights"])
-        history = {name: checkpoint[name] for name in ("step", "seconds", "curve")}
-    except UsageError as error:
-        raise UsageError(f"{path}: {error}")
-    except (LookupError, TypeError, ValueError, AttributeError, RuntimeError) as error:
-        raise UsageError(f"{path} does not fit this program: {' '.join(str(error).split())[:200]}") from error
+        history = {"step": int(checkpoint["step"]), "seconds": float(checkpoint["seconds"]),
+                   "curve": [[int(step), float(score)] for step, score in checkpoint["curve"]]}
     return config, agent, history
 
 
@@ -363,13 +361,13 @@ def load_results(paths):
                 if not isinstance(run[name], kind):
                     raise ValueError(f"{name} is not {kind.__name__}")
             returns = np.array(run["returns"], float)
-            if not returns.size or not np.isfinite(returns).all():
+            if returns.ndim != 1 or not returns.size or not np.isfinite(returns).all():
                 raise ValueError("returns are not finite numbers")
             run["mean"] = float(returns.mean())
             run["curve"] = np.array(run["curve"], float).reshape(-1, 2)  # (episodes, [step, return])
         except OSError as error:
             raise UsageError(f"{path} cannot be read: {error.strerror}")
-        except (LookupError, TypeError, ValueError) as error:
+        except (LookupError, TypeError, ValueError, ArithmeticError, RecursionError) as error:
             reason = f"{type(error).__name__}, {error}"
             raise UsageError(f"{path} is not a result of this program: {reason}") from error
         group = f"preset {run['preset']}, levels {run['levels']}, {run['agent_steps']:,} agent steps"
@@ -580,24 +578,19 @@ def parse(argv):
         raise UsageError("--json - prints nothing but the score: make films and pictures by another command")
     if args.episodes is not None and args.episodes < 1:
         raise UsageError(f"--episodes {args.episodes} is out of range: at least 1")
-    for name in pictures:
-        suffix = ".gif" if name in ("video", "dream") else ".png"
-        if Path(getattr(args, name)).suffix != suffix:
-            raise UsageError(f"--{name} {getattr(args, name)}: the name must end in {suffix}")
-    for path in [getattr(args, name) for name in pictures] + [args.json or "-"]:
-        if not Path(path).parent.is_dir():
-            raise UsageError(f"{path} cannot be written: there is no directory {Path(path).parent}")
+    make_config({"seed": args.seed, "device": args.device})
+    for name in pictures + ["json"] * (args.json not in (None, "-")):
+        path = Path(getattr(args, name))
+        suffix = {"video": ".gif", "dream": ".gif", "json": ".json"}.get(name, ".png")
+        if path.suffix != suffix:  # above all, no typing error may overwrite a checkpoint
+            raise UsageError(f"--{name} {path}: the name must end in {suffix}")
+        if not path.parent.is_dir():
+            raise UsageError(f"{path} cannot be written: there is no directory {path.parent}")
+        if path.is_dir():
+            raise UsageError(f"{path} cannot be written: it is a directory")
     if pictures:
         libraries()
     return args
-
-
-def write_json(value, file):
-    """To a file, or to the standard output where file is "-"."""
-    if str(file) == "-":
-        print(json.dumps(value, indent=1))
-    else:
-        Path(file).write_text(json.dumps(value, indent=1) + "\n")
 
 
 def one_run(args):

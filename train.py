@@ -5,16 +5,19 @@ In this file: every setting (Config), the game as the agent sees it (Atari), the
 """
 
 import argparse
+import contextlib
 import ctypes
 import dataclasses
 import difflib
 import json
+import math
 import os
 import pickle
 import signal
 import subprocess
 import sys
 import time
+import zipfile
 from pathlib import Path
 
 import ale_py
@@ -25,7 +28,7 @@ from gymnasium.vector import AutoresetMode, SyncVectorEnv
 from tqdm import tqdm
 
 from hierarchy import Hieros
-from replay import Replay
+from replay import Replay, replacing
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -45,7 +48,7 @@ class Config:
     game: str = setting("pong", "Atari game, in any spelling: pong, ms_pacman, MsPacman")
     preset: str = setting("auto", "paper, cpu (about an hour on two cores), debug (under a minute), or auto:"
                           " paper on a CUDA device, cpu otherwise", choices=["auto", "paper", "cpu", "debug"])
-    seed: int = setting(0, "seed of everything random", 0)
+    seed: int = setting(0, "seed of everything random", 0, 2 ** 63 - 1)
     device: str = setting("auto", "auto, cpu, cuda, cuda:1, ...")
     logdir: str = setting("", "where the run is written; default runs/GAME-SEED")
     levels: int = setting(3, "L, levels of the hierarchy; 1 is the flat agent", 1, 6)
@@ -96,15 +99,16 @@ class Config:
 
 PRESETS = {
     "paper": {},
-    "cpu": dict(steps=20_000, train_every=2, warmup=500, batch_size=8, batch_length=32, stoch=16, classes=16,
-                hidden=128, state_size=64, s5_layers=2, units=128, mlp_layers=2, depth=24, first_stride=4,
-                horizon=10, starts=128, model_lr=1e-3, actor_lr=3e-4, critic_lr=3e-4, autoencoder_lr=1e-3,
-                entropy_scale=3e-3, eval_episodes=20),
-    "debug": dict(steps=1200, train_every=10, warmup=300, batch_size=4, batch_length=16, stoch=8, classes=8,
-                  hidden=64, state_size=32, s5_layers=2, units=64, mlp_layers=1, depth=8, first_stride=4,
-                  horizon=5, starts=32, log_every=100, save_every=400, eval_episodes=2),
+    "cpu": dict(steps=20_000, replay_size=20_000, train_every=2, warmup=500, batch_size=8, batch_length=32,
+                stoch=16, classes=16, hidden=128, state_size=64, s5_layers=2, units=128, mlp_layers=2,
+                depth=24, first_stride=4, horizon=10, starts=128, model_lr=1e-3, actor_lr=3e-4,
+                critic_lr=3e-4, autoencoder_lr=1e-3, entropy_scale=3e-3, eval_episodes=20),
+    "debug": dict(steps=1200, replay_size=2000, train_every=10, warmup=300, batch_size=4, batch_length=16,
+                  stoch=8, classes=8, hidden=64, state_size=32, s5_layers=2, units=64, mlp_layers=1, depth=8,
+                  first_stride=4, horizon=5, starts=32, log_every=100, save_every=400, eval_episodes=2),
 }
-RESUMABLE = {"steps", "device", "log_every", "save_every", "eval_episodes"}  # what --resume may change
+# What --resume may change.
+RESUMABLE = {"steps", "logdir", "device", "log_every", "save_every", "eval_episodes"}
 
 
 class UsageError(Exception):
@@ -148,7 +152,7 @@ def make_config(given):
     config = dataclasses.replace(config, **(PRESETS[config.preset] | explicit))
     for field in dataclasses.fields(Config):
         value, low, high = getattr(config, field.name), field.metadata["low"], field.metadata["high"]
-        if (low is not None and not value >= low) or (high is not None and not value <= high):
+        if (low is not None and not low <= value < math.inf) or (high is not None and not value <= high):
             raise UsageError(f"--{field.name} {value} is out of range: "
                              + (f"at least {low}" if high is None else f"{low} to {high}"))
     if config.state_size % 8:
@@ -161,8 +165,12 @@ def make_config(given):
         raise UsageError(f"--replay_size {config.replay_size} is too small:"
                          f" the top level keeps a k^{config.levels - 1}th of it"
                          f" and needs {config.batch_length} steps for one sequence")
+    first = -(-max(config.warmup, config.batch_length) // config.train_every) * config.train_every
+    if config.steps < first:
+        raise UsageError(f"--steps {config.steps} ends before the first update, at step {first}, the first"
+                         " multiple of --train_every that is at least --warmup and --batch_length")
     try:
-        torch.zeros(1, device=config.device)
+        torch.zeros(1, device=config.device).item()  # .item(): the device "meta" holds no values
     except (RuntimeError, AssertionError) as error:
         raise UsageError(f"--device {config.device} cannot be used here: {str(error).splitlines()[0]}")
     config.game = atari_name(config.game)
@@ -231,8 +239,12 @@ class Atari(gymnasium.Env):
     ROWS, COLUMNS = area_weights(210, 64), area_weights(160, 64)
 
     def __init__(self, game):
-        self.game = gymnasium.make(atari_games()[game], frameskip=1, repeat_action_probability=0.0,
-                                   full_action_space=False, disable_env_checker=True).unwrapped
+        try:
+            self.game = gymnasium.make(atari_games()[game], frameskip=1, repeat_action_probability=0.0,
+                                       full_action_space=False, disable_env_checker=True).unwrapped
+        except OSError as error:
+            raise UsageError(f"there is no ROM of '{game}': {' '.join(str(error).split())};"
+                             " ale-py brings them all: unset ALE_ROMS_DIR, or install it anew")
         self.observation_space = gymnasium.spaces.Box(0, 255, (64, 64, 3), np.uint8)
         self.action_space = self.game.action_space
         self.previous = self.screen = None  # the last two frames
@@ -336,15 +348,27 @@ def env_step(observation, reward=0.0, *, is_first=False, is_last=False, is_termi
 
 def load_checkpoint(path, device):
     """The dictionary that Run.save wrote. weights_only: a stranger's checkpoint cannot execute anything."""
+    with zipfile.ZipFile(path) as file:
+        if file.testzip():  # torch.load would not look, and go on with other weights
+            raise ValueError("a checksum is wrong")
+    return unpack(torch.load(path, map_location=device, weights_only=True))
+
+
+@contextlib.contextmanager
+def trusting(path):
+    """Turns what a missing, damaged, foreign or hand-edited checkpoint breaks in this block into one line."""
     try:
-        return unpack(torch.load(path, map_location=device, weights_only=True))
+        yield
+    except UsageError as error:
+        raise UsageError(f"{path}: {error}") from error
     except FileNotFoundError:
         raise UsageError(f"{path} does not exist:"
                          " this is not the directory of a run, or it has no checkpoint yet")
-    except (pickle.UnpicklingError, RuntimeError, EOFError, LookupError, TypeError, ValueError,
-            AttributeError, OSError) as error:  # what torch.load makes of damaged files
-        raise UsageError(f"{path} is not a checkpoint of this program,"
-                         f" or is damaged ({type(error).__name__})") from error
+    except (zipfile.BadZipFile, pickle.UnpicklingError, RuntimeError, EOFError, LookupError, TypeError,
+            ValueError, ArithmeticError, AttributeError, OSError) as error:  # what torch.load and all readers of its result make of it
+        reason = " ".join(str(error).split()).split(". ")[0][:200]  # torch goes on with dangerous advice
+        raise UsageError(f"{path} is damaged or not a checkpoint of this program:"
+                         f" {type(error).__name__}, {reason}") from error
 
 
 class Run:
@@ -355,9 +379,11 @@ class Run:
         torch.manual_seed(config.seed)
         self.rng = np.random.default_rng(config.seed)
         self.agent = make_agent(config, env)
-        self.replays = [Replay(spec, -(-config.replay_size // config.k ** i), config.batch_length, config.tau,
-                               self.rng)
-                        for i, spec in enumerate(self.agent.specs)]
+        try:
+            self.replays = [Replay(spec, -(-config.replay_size // config.k ** i), config.batch_length,
+                                   config.tau, self.rng) for i, spec in enumerate(self.agent.specs)]
+        except MemoryError as error:
+            raise UsageError(f"--replay_size {config.replay_size} does not fit into memory: {error}")
         self.memory = self.agent.initial_memory(1)
         observation, _ = env.reset(seed=config.seed)
         self.now = env_step(observation, is_first=True)
@@ -416,9 +442,11 @@ class Run:
             "replay_totals": [replay.total for replay in self.replays], "step": self.step,
             "seconds": self.seconds, "score": self.score, "curve": self.curve, "updates": self.updates,
         }
-        temporary = self.directory / "checkpoint.tmp"
-        torch.save(pack(checkpoint), temporary)
-        temporary.replace(self.directory / "checkpoint.pt")
+        try:
+            with replacing(self.directory / "checkpoint.pt") as file:
+                torch.save(pack(checkpoint), file)
+        except RuntimeError as error:  # torch hides what the disk has said behind an error of its own
+            raise error.__context__ or error
         for i, replay in enumerate(self.replays):
             replay.prune(self.directory / f"replay-{i}")
 
@@ -508,7 +536,7 @@ class Log:
     def restore(self, state):
         """Cut off the lines written after the checkpoint: the resumed run writes them again."""
         if self.path.exists():
-            os.truncate(self.path, state["bytes"])
+            os.truncate(self.path, min(state["bytes"], self.path.stat().st_size))
         self.sums, self.counts = state["sums"], state["counts"]
 
 
@@ -523,7 +551,7 @@ def train(run, progress=True):
                 for number in (signal.SIGINT, signal.SIGTERM)}
     bar = tqdm(total=config.steps, initial=run.step, unit="step", disable=not progress, dynamic_ncols=True,
                mininterval=1.0)
-    phases, since = {"act": 0.0, "env": 0.0, "train": 0.0}, time.perf_counter()
+    phases, since = dict.fromkeys(("act", "env", "train", "save"), 0.0), time.perf_counter()
     try:
         while run.step < config.steps and not stopped:
             times = [time.perf_counter()]
@@ -552,7 +580,9 @@ def train(run, progress=True):
                                 mean10=f"{np.mean(scores):.1f}" if scores else "-",
                                 updates=sum(run.updates), refresh=False)
             if run.step % config.save_every == 0 or run.step == config.steps:
+                begin = time.perf_counter()
                 run.save()
+                phases["save"] += time.perf_counter() - begin  # shows up in the next line
     finally:
         bar.close()
         for number, handler in handlers.items():
@@ -640,37 +670,58 @@ def report(summary):
     return line
 
 
+def write_json(value, file):
+    """To a file, or to the standard output where file is "-"."""
+    if str(file) == "-":
+        print(json.dumps(value, indent=1))
+    else:
+        with replacing(Path(file)) as opened:
+            opened.write((json.dumps(value, indent=1) + "\n").encode())
+
+
 def main(argv):
     """The command line. Returns the exit code."""
     keep_freed_memory()
     given, resume = parse_config(argv)
-    config = make_config(given)
-    path = Path(config.logdir) / "checkpoint.pt"
     if resume:
-        checkpoint = load_checkpoint(path, config.device)
-        stored = checkpoint["config"]
-        for name, value in dataclasses.asdict(config).items():
-            if name in given and name not in RESUMABLE | {"logdir", "preset"} and value != stored[name]:
-                raise UsageError(f"--{name} {value} contradicts the run in {config.logdir},"
-                                 f" which has {stored[name]}")
-        changed = (RESUMABLE & given.keys()) | {"logdir", "device"}
-        config = Config(**stored | {name: getattr(config, name) for name in changed})
-    elif Path(config.logdir).is_dir() and any(Path(config.logdir).iterdir()):
-        raise UsageError(f"{config.logdir} already exists:"
-                         " add --resume to continue it, or choose another --logdir")
-    run = Run(config, Atari(config.game))
-    try:
-        run.restore(checkpoint) if resume else run.save()  # from now on there is something to resume
-    except OSError as error:
-        raise UsageError(f"--logdir {config.logdir} cannot be used: {error.strerror}")
-    except (LookupError, TypeError, ValueError, RuntimeError) as error:
-        raise UsageError(f"{path} does not fit this program: {' '.join(str(error).split())[:200]}") from error
+        where = {name: given[name] for name in given.keys() & {"game", "seed", "logdir", "device"}}
+        where = make_config(where)
+        path = Path(where.logdir) / "checkpoint.pt"
+        with trusting(path):
+            checkpoint = load_checkpoint(path, where.device)
+            stored = checkpoint["config"]
+            config = make_config(stored | given | {"logdir": where.logdir, "device": where.device})
+            for name, value in dataclasses.asdict(config).items():
+                if name not in RESUMABLE and value != stored.get(name, value):
+                    raise UsageError(f"--{name} {value} contradicts the run, which has {stored[name]}")
+            run = Run(config, Atari(config.game))
+            run.restore(checkpoint)
+            del checkpoint  # all of it is in the run now
+    else:
+        config = make_config(given)
+        if Path(config.logdir).is_dir() and any(Path(config.logdir).iterdir()):
+            raise UsageError(f"{config.logdir} already exists:"
+                             " add --resume to continue it, or choose another --logdir")
+        run = Run(config, Atari(config.game))
+        try:
+            run.save()  # from now on there is something to resume
+        except OSError as error:
+            raise UsageError(f"--logdir {config.logdir} cannot be used: {error.strerror}")
     parameters = sum(p.numel() for name, p in run.agent.named_parameters() if "slow" not in name)
     print(f"Hieros: {config.game}, preset {config.preset}, {config.levels} levels,"
           f" {parameters / 1e6:.1f} M parameters, device {config.device}, writing to {config.logdir}"
           + (f", resumed at step {run.step}" if resume else ""))
     try:
         number = train(run)
+        if number:
+            print(f"stopped at step {run.step}, saved;"
+                  f" continue with: python train.py --logdir {config.logdir} --resume")
+            return 128 + number
+        with autocast(config):
+            returns = play(run.agent, lambda: Atari(config.game), config.eval_episodes, config.seed)
+        summary = result(config, run.step, run.seconds, run.curve, returns)
+        print(report(summary))
+        write_json(summary, run.directory / "evaluation.json")
     except OSError as error:
         raise UsageError(f"{config.logdir} cannot be written ({error.strerror});"
                          " its last checkpoint is intact: make room, then"
@@ -678,15 +729,6 @@ def main(argv):
     except FloatingPointError as error:
         print(f"train.py: {error}", file=sys.stderr)
         return 1
-    if number:
-        print(f"stopped at step {run.step}, saved;"
-              f" continue with: python train.py --logdir {config.logdir} --resume")
-        return 128 + number
-    with autocast(config):
-        returns = play(run.agent, lambda: Atari(config.game), config.eval_episodes, config.seed)
-    summary = result(config, run.step, run.seconds, run.curve, returns)
-    (run.directory / "evaluation.json").write_text(json.dumps(summary, indent=1) + "\n")
-    print(report(summary))
     return 0
 
 
@@ -696,3 +738,6 @@ if __name__ == "__main__":
     except UsageError as error:
         print(f"train.py: {error}", file=sys.stderr)
         sys.exit(2)
+    except KeyboardInterrupt:  # before training, or in the evaluation: what there was to save is saved
+        print("train.py: interrupted; --resume continues from the last checkpoint", file=sys.stderr)
+        sys.exit(130)
