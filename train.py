@@ -365,7 +365,7 @@ def trusting(path):
         raise UsageError(f"{path} does not exist:"
                          " this is not the directory of a run, or it has no checkpoint yet")
     except (zipfile.BadZipFile, pickle.UnpicklingError, RuntimeError, EOFError, LookupError, TypeError,
-            ValueError, ArithmeticError, AttributeError, OSError) as error:  # what torch.load and all readers of its result make of it
+            ValueError, ArithmeticError, AttributeError, OSError) as error:
         reason = " ".join(str(error).split()).split(". ")[0][:200]  # torch goes on with dangerous advice
         raise UsageError(f"{path} is damaged or not a checkpoint of this program:"
                          f" {type(error).__name__}, {reason}") from error
@@ -530,6 +530,8 @@ class Log:
 
     def state(self):
         """What `restore` needs: the file's length and the sums not yet written."""
+        if self.file:
+            os.fsync(self.file.fileno())
         return {"bytes": self.path.stat().st_size if self.path.exists() else 0,
                 "sums": self.sums, "counts": self.counts}
 
