@@ -797,14 +797,14 @@ class Odd(Catch):
 
 
 @pytest.mark.parametrize("lengths", [
-    itertools.repeat(1), [10 ** 9], np.random.default_rng(0).geometric(0.3, 300),
-    np.random.default_rng(1).geometric(0.05, 300)], ids=["of one step", "endless", "short", "longer"])
+    itertools.repeat(1), [10 ** 9], np.random.default_rng(0).geometric(0.1, 200)],
+    ids=["of one step", "endless", "of random lengths"])
 def test_a_run_survives_odd_episodes(lengths, tmp_path):
     """Episodes of one step, of any length, without an end; rings wrapped many times; levels that have too
     little to learn from yet: all rewards and ends reach all replays, no sequence is torn, and a level updates
     from the moment when its replay holds one sequence."""
-    config = catch_config(tmp_path, levels=3, k=2, steps=200, warmup=0, train_every=4, batch_size=4,
-                          batch_length=8, replay_size=32, starts=8, horizon=3)
+    config = catch_config(tmp_path, levels=3, k=2, steps=150, warmup=0, train_every=4, batch_size=4,
+                          batch_length=6, replay_size=24, starts=8, horizon=3)
     run, stored = train.Run(config, Odd(lengths)), [[] for _ in range(3)]
     for replay, steps in zip(run.replays, stored):
         def add(step, add=replay.add, steps=steps):
@@ -819,10 +819,10 @@ def test_a_run_survives_odd_episodes(lengths, tmp_path):
         assert (field["is_terminal"][ends] == (np.arange(len(ends)) % 2 == 0)).all()
         rewards = [rewards.sum() for rewards in np.split(field["reward"], ends + 1)[:len(ends)]]
         assert rewards == run.env.returns[:len(ends)] == [score for _, score in run.curve][:len(ends)]
-        sequences = np.lib.stride_tricks.sliding_window_view(field["reward"][-replay.capacity:], 8)
+        sequences = np.lib.stride_tricks.sliding_window_view(field["reward"][-replay.capacity:], 6)
         assert set(map(tuple, replay.sample(100)["reward"])) <= set(map(tuple, sequences))
         stride = 4 * 2 ** i
-        assert run.updates[i] == sum((field["at"] < step).sum() >= 8 for step in range(stride, 201, stride))
+        assert run.updates[i] == sum((field["at"] < step).sum() >= 6 for step in range(stride, 151, stride))
     assert run.replays[0].total > 6 * run.replays[0].capacity and len(ends) == len(run.curve)
 
 
