@@ -23,7 +23,8 @@ from hierarchy import onehot
 from replay import Replay, etbs_cdf
 from s5 import complex_view, real_view
 from train import (REFERENCE, Atari, Parser, UsageError, autocast, env_step, keep_freed_memory,
-                   load_checkpoint, make_agent, make_config, play, report, result)
+                   load_checkpoint, make_agent, make_config, play, report, result, trusting,
+                   write_json)
 from world_model import sample_onehot, symexp
 
 SECOND = 15  # agent steps: 60 frames, 4 a step
@@ -40,16 +41,13 @@ def load_run(directory, device):
     settings pass the same checks as those of the command line. Raises UsageError if it does not fit.
     """
     path = Path(directory) / "checkpoint.pt"
-    checkpoint = load_checkpoint(path, "cpu")
-    try:
+    with trusting(path):
+        checkpoint = load_checkpoint(path, "cpu")
         config = make_config(checkpoint["config"] | {"device": device, "logdir": str(directory)})
         agent = make_agent(config, Atari(config.game))
         agent.load_state_dict(checkpoint["weights"])
-        history = {name: checkpoint[name] for name in ("step", "seconds", "curve")}
-    except UsageError as error:
-        raise UsageError(f"{path}: {error}")
-    except (LookupError, TypeError, ValueError, AttributeError, RuntimeError) as error:
-        raise UsageError(f"{path} does not fit this program: {' '.join(str(error).split())[:200]}") from error
+        history = {"step": int(checkpoint["step"]), "seconds": float(checkpoint["seconds"]),
+                   "curve": [[int(step), float(score)] for step, score in checkpoint["curve"]]}
     return config, agent, history
 
 
@@ -360,13 +358,14 @@ def load_results(paths):
             for name, kind in kinds.items():
                 if not isinstance(run[name], kind):
                     raise ValueError(f"{name} is not {kind.__name__}")
-            if not run["returns"] or not np.isfinite(np.array(run["returns"], float)).all():
+            returns = np.array(run["returns"], float)
+            if returns.ndim != 1 or not returns.size or not np.isfinite(returns).all():
                 raise ValueError("returns are not finite numbers")
             run["path"], run["mean"] = path, float(np.mean(run["returns"]))
             run["curve"] = np.array(run["curve"], float).reshape(-1, 2)  # (episodes, [step, return])
         except OSError as error:
             raise UsageError(f"{path} cannot be read: {error.strerror}")
-        except (LookupError, TypeError, ValueError) as error:
+        except (LookupError, TypeError, ValueError, ArithmeticError, RecursionError) as error:
             reason = f"{type(error).__name__}, {error}"
             raise UsageError(f"{path} is not a result of this program: {reason}") from error
         settings = {"preset": run["preset"], "levels": run["levels"]} | run["settings"]
@@ -569,13 +568,15 @@ exit codes: 0 done; 2 the command or a file is wrong, one line on the standard e
 """
 
 
-def writable(path, suffix=""):
+def writable(path, suffix):
     """The name of a file to write, checked. Raises UsageError before any work is done."""
-    if not path.endswith(suffix):
+    if Path(path).suffix != suffix:  # above all, no typing error may overwrite a checkpoint
         raise UsageError(f"{path}: the name must end in {suffix}")
     if not Path(path).parent.is_dir():
         raise UsageError(f"{path} cannot be written: there is no directory {Path(path).parent}")
-    if suffix:
+    if Path(path).is_dir():
+        raise UsageError(f"{path} cannot be written: it is a directory")
+    if suffix != ".json":
         libraries()
     return path
 
@@ -589,7 +590,8 @@ def parse(argv):
                 for suffix in (".gif", ".png"))
     parser.add_argument("paths", nargs="*", metavar="RUN|RESULT.json",
                         help="the directory of a run, or the result files of many runs")
-    parser.add_argument("--json", type=writable, metavar="FILE", help="where the score (default:"
+    json_file = lambda path: path if path == "-" else writable(path, ".json")
+    parser.add_argument("--json", type=json_file, metavar="FILE", help="where the score (default:"
                         " RUN/evaluation.json) or the table goes as JSON; - prints it and nothing else")
     add = parser.add_argument_group("one run", "Without films and pictures: its score over 100 episodes; with"
                                     "\nthem only if --episodes or --json asks for it.").add_argument
@@ -624,15 +626,8 @@ def parse(argv):
         raise UsageError("--json - prints nothing but the score: make films and pictures by another command")
     if args.episodes is not None and args.episodes < 1:
         raise UsageError(f"--episodes {args.episodes} is out of range: at least 1")
+    make_config({"seed": args.seed, "device": args.device})
     return args
-
-
-def write_json(value, file):
-    """To a file, or to the standard output where file is "-"."""
-    if str(file) == "-":
-        print(json.dumps(value, indent=1))
-    else:
-        Path(file).write_text(json.dumps(value, indent=1) + "\n")
 
 
 def one_run(args):

@@ -17,8 +17,10 @@ divides by the capacity instead of the fill, so it draws almost uniformly; by de
 Symbols: T steps in a sequence, B sequences in a batch.
 """
 
+import contextlib
 import math
-from pathlib import Path
+import os
+import zipfile
 
 import numpy as np
 
@@ -26,6 +28,17 @@ import numpy as np
 def etbs_cdf(u):
     """F(u) = u (1 - ln u) on [0, 1], with F(0) = 0. Any shape."""
     return u * (1 - np.log(np.maximum(u, np.finfo(np.float64).tiny)))
+
+
+@contextlib.contextmanager
+def replacing(path):
+    """A file to write that takes the name `path` only once it is whole and on the disk, whatever happens."""
+    temporary = path.with_name("writing.tmp")
+    with open(temporary, "wb") as file:
+        yield file
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
 
 
 class Replay:
@@ -37,10 +50,13 @@ class Replay:
     meets the oldest.
     """
 
+    PIECE = 4096  # steps in a file, at most: neither saving nor loading copies more of the ring at once
+
     def __init__(self, spec, capacity, length, tau, rng):
         if capacity < length:
             raise ValueError(f"a replay of {capacity} steps cannot hold one sequence of {length}")
-        self.arrays = {name: np.zeros((capacity, *shape), dtype) for name, (shape, dtype) in spec.items()}
+        # np.full touches every page, np.zeros would not: too little memory shows now, and not after hours.
+        self.arrays = {name: np.full((capacity, *shape), 0, dtype) for name, (shape, dtype) in spec.items()}
         self.capacity, self.length, self.tau, self.rng = capacity, length, tau, rng
         self.total = 0  # steps ever added; the next one goes to total % capacity
         self.saved = 0  # of these, how many are on disk
@@ -75,19 +91,16 @@ class Replay:
         return {name: array.take(index, 0) for name, array in self.arrays.items()}
 
     # A checkpoint must not rewrite a gigabyte that has not changed: each `save` writes only the steps since
-    # the last, as one more file, and `load` puts the files back into the ring one by one.
+    # the last, in further files, and `load` puts the files back into the ring one by one.
 
     def save(self, folder):
-        """Write the steps since the last `save` to folder/FROM-TO.npz; delete files that left the ring."""
-        folder = Path(folder)
+        """Write the steps since the last `save` to folder/FROM-TO.npz."""
         folder.mkdir(parents=True, exist_ok=True)
-        start = max(self.saved, self.total - self.capacity)
-        if start < self.total:
-            index = np.arange(start, self.total) % self.capacity
-            temporary = folder / "writing.tmp"
-            with open(temporary, "wb") as file:
+        for start in range(max(self.saved, self.total - self.capacity), self.total, self.PIECE):
+            stop = min(start + self.PIECE, self.total)
+            index = np.arange(start, stop) % self.capacity
+            with replacing(folder / f"{start:09d}-{stop:09d}.npz") as file:
                 np.savez(file, **{name: array[index] for name, array in self.arrays.items()})
-            temporary.rename(folder / f"{start:09d}-{self.total:09d}.npz")
         self.saved = self.total
 
     def prune(self, folder):
@@ -100,7 +113,7 @@ class Replay:
         """Fill the ring with the steps up to number `total`, as they were when `save` was called then.
 
         Files written after that moment belong to a checkpoint that was never completed; they are deleted.
-        Raises ValueError if a step is missing.
+        Raises ValueError if a step is missing or a file damaged.
         """
         self.total = self.saved = max(0, total - self.capacity)
         for path, start, stop in self._files(folder):
@@ -111,9 +124,12 @@ class Replay:
                 break
             if stop <= self.total:
                 continue
-            with np.load(path) as file:  # allow_pickle is off: nothing in it can be executed
-                for name, array in self.arrays.items():
-                    array[np.arange(self.total, stop) % self.capacity] = file[name][self.total - start:]
+            try:
+                with np.load(path) as file:  # allow_pickle is off: nothing in it can be executed
+                    for name, array in self.arrays.items():
+                        array[np.arange(self.total, stop) % self.capacity] = file[name][self.total - start:]
+            except (zipfile.BadZipFile, LookupError, ValueError, EOFError, OSError) as error:
+                raise ValueError(f"{path} is damaged: {error}") from error
             self.total = self.saved = stop
         if self.total != total:
             raise ValueError(f"{folder} holds the replay up to step {self.total},"
@@ -122,7 +138,7 @@ class Replay:
     @staticmethod
     def _files(folder):
         """(path, start, stop) of every saved file, oldest first."""
-        for path in sorted(Path(folder).glob("*-*.npz")):
+        for path in sorted(folder.glob("*-*.npz")):
             start, stop = map(int, path.stem.split("-"))
             yield path, start, stop
 

@@ -5,10 +5,13 @@ import itertools
 import json
 import os
 import re
+import runpy
+import shutil
 import signal
 import subprocess
 import sys
 import time
+import tracemalloc
 from pathlib import Path
 
 import gymnasium
@@ -25,6 +28,9 @@ from replay import Replay, etbs_cdf
 from s5 import S5Layer, S5Stack, hippo_n, scan, scan_sequential
 from world_model import (ImageDecoder, ImageEncoder, TwoHot, WorldModel, entropy, kl_balance, log_prob,
                          sample_onehot, straight_through, symexp, symlog, unimix)
+
+
+HERE = Path(train.__file__).parent
 
 
 @pytest.fixture(autouse=True)
@@ -391,70 +397,88 @@ def test_actions_of_higher_levels_have_the_joint_probability():
     assert torch.allclose(entropy(p), reference.entropy(), atol=1e-4)
 
 
-def life(agent, lengths, terminal=True, reward=lambda t: float(t), seed=0):
-    """Play episodes of the given lengths; returns for each level the list of (episode, t, stored step)."""
-    rng = np.random.default_rng(seed)
-    memory, stored = agent.initial_memory(1), [[] for _ in agent.levels]
-    for episode, length in enumerate(lengths):
-        for t in range(length + 1):
-            flags = [np.array([flag]) for flag in (t == 0, t == length, terminal and t == length)]
-            observation, received = rng.random((1, 4), np.float32), np.float32([reward(t) * (t > 0)])
-            memory, _, ticks = agent.act(memory, observation, received, *flags)
-            for i, tick in enumerate(ticks):
-                stored[i].append((episode, t, agent.transition(i, tick), tick))
+def moments(lengths, steps=None):
+    """(episode, t) of the first `steps` steps of episodes of the given lengths."""
+    every = ((episode, t) for episode, length in enumerate(lengths) for t in range(length + 1))
+    return list(itertools.islice(every, steps))
+
+
+def life(agent, lengths, terminal=itertools.repeat(True), steps=None):
+    """Play episodes of the given lengths, whose steps t = 1, 2, ... give the reward t. Each ends by itself
+    or, where not `terminal`, by a time limit; after `steps` steps that is all. Returns for each level the
+    list of (episode, t, stored step, tick)."""
+    rng, memory, stored = np.random.default_rng(0), agent.initial_memory(1), [[] for _ in agent.levels]
+    ends = list(zip(lengths, terminal))
+    for episode, t in moments(lengths, steps):
+        last = t == lengths[episode]
+        flags = [np.array([flag]) for flag in (t == 0, last, last and ends[episode][1])]
+        observation, reward = rng.random((1, 4), np.float32), np.float32([t])
+        memory, _, ticks = agent.act(memory, observation, reward, *flags)
+        for i, tick in enumerate(ticks):
+            stored[i].append((episode, t, agent.transition(i, tick), tick))
     return stored
 
 
-def test_levels_tick_on_the_grid_and_at_the_end():
-    """Level i ticks at t = 0, k^i, 2 k^i, ... of every episode and at its end, and starts afresh after it."""
-    lengths = [37, 1, 16, 3]
-    stored = life(small(), lengths)
+def random_life(seed):
+    """(lengths, terminal) of episodes: many of one step, some long, one that does not end in time."""
+    rng = np.random.default_rng(seed)
+    lengths = [1, 1, *(1 + rng.geometric(rng.choice([0.5, 0.1, 0.02], 8))), 10 ** 9]
+    return [*map(int, rng.permutation(lengths[:-1])), lengths[-1]], rng.random(len(lengths)) < 0.5
+
+
+@pytest.fixture(scope="module", ids=lambda life: str(life[0])[1:20], params=[
+    ([37, 1, 16, 3], [True] * 4), ([64, 65, 15], [False, True, False]), *map(random_life, range(4))])
+def lived(request):
+    """(lengths, terminal, moments, what `life` stored) of episodes of odd and of random lengths."""
+    torch.manual_seed(0)
+    lengths, terminal = request.param
+    steps = sum(lengths[:-1]) + len(lengths) + min(lengths[-1], 40)
+    return lengths, terminal, moments(lengths, steps), life(small(), lengths, terminal, steps)
+
+
+def test_levels_tick_on_the_grid_and_at_the_end(lived):
+    """Level i ticks at t = 0, k^i, 2 k^i, ... of every episode and at its end, and starts afresh after it; a
+    time limit ends the sequence, is_last, but does not teach the continue head that the world ends."""
+    lengths, terminal, when, stored = lived
     for i, steps in enumerate(stored):
-        grid = [(e, t) for e, n in enumerate(lengths) for t in range(n + 1) if t % 4 ** i == 0 or t == n]
-        assert [(e, t) for e, t, _, _ in steps] == grid
+        due = [(e, t) for e, t in when if t % 4 ** i == 0 or t == lengths[e]]
+        assert [(e, t) for e, t, *_ in steps] == due
         for e, t, step, _ in steps:
-            assert step["is_first"] == (t == 0)
-            assert step["is_last"] == step["is_terminal"] == (t == lengths[e])
+            assert step["is_first"] == (t == 0) and step["is_last"] == (t == lengths[e])
+            assert step["is_terminal"] == (t == lengths[e] and terminal[e])
 
 
-@pytest.mark.parametrize("length", [1, 2, 3, 5, 15, 17, 37, 64, 65])
-def test_no_reward_is_lost_at_any_level(length):
-    """The rewards in every level's replay sum to the episode's true return, whatever its length."""
-    for steps in life(small(), [length, length + 1]):
-        for episode, n in enumerate((length, length + 1)):
-            assert sum(step["reward"] for e, _, step, _ in steps if e == episode) == sum(range(1, n + 1))
+def test_no_reward_is_lost_at_any_level(lived):
+    """At every tick of every level the rewards in its replay sum to the episode's true return so far."""
+    for steps in lived[-1]:
+        for _, group in itertools.groupby(steps, lambda entry: entry[0]):
+            total = 0
+            for _, t, step, _ in group:
+                total += step["reward"]
+                assert total == t * (t + 1) / 2
 
 
-def test_a_level_sees_the_last_states_below_it_up_to_now():
+def test_a_level_sees_the_last_states_below_it_up_to_now(lived):
     """The k stacked states have ages 3, 2, 1, 0, with zeros in front before there are k of them."""
-    lengths = [21, 6]
-    stored = life(small(), lengths)
+    stored = lived[-1]
     for below, above in zip(stored, stored[1:]):
         for episode, t, step, _ in above:
-            past = [s for e, u, s, tick in below if e == episode and u <= t]
-            states = [tick["state"] for e, u, s, tick in below if e == episode and u <= t][-4:]
+            states = [tick["state"] for e, u, _, tick in below if e == episode and u <= t][-4:]
             expected_h = torch.zeros(4, 64)
             expected_h[4 - len(states):] = torch.stack([symlog(state.h[0]) for state in states])
             expected_z = torch.zeros(4, 8)
             expected_z[4 - len(states):] = torch.stack([state.z[0].argmax(-1) + 1.0 for state in states])
             assert np.allclose(step["h"], expected_h, atol=1e-6) and (step["z"] == expected_z.numpy()).all()
-            assert len(states) == min(4, len(past))
 
 
-def test_subgoals_are_held_until_the_level_above_ticks_again():
+def test_subgoals_are_held_until_the_level_above_ticks_again(lived):
     """The subgoal stored at each step is the newest action of the level above, of this tick or before."""
-    stored = life(small(), [37])
+    stored = lived[-1]
     for below, above in zip(stored, stored[1:]):
-        for _, t, step, _ in below:
-            held = [s["action"] for _, u, s, _ in above if u <= t][-1]
+        for episode, t, step, _ in below:
+            held = [s["action"] for e, u, s, _ in above if e == episode and u <= t][-1]
             assert (step["subgoal"] == held).all()
     assert stored[-1][0][2]["subgoal"].shape == (0,)  # no one stands above the top level
-
-
-def test_truncation_is_not_termination():
-    """A time limit ends the sequence, is_last, but does not teach the continue head that the world ends."""
-    for steps in life(small(), [10], terminal=False):
-        assert steps[-1][2]["is_last"] and not steps[-1][2]["is_terminal"]
 
 
 def test_the_replayed_observation_is_what_was_seen():
@@ -627,13 +651,20 @@ def test_the_law_is_the_distribution_of_expected_counts():
     assert etbs_cdf(np.array([0.0, 1.0])).tolist() == [0, 1]
 
 
-@pytest.mark.parametrize("steps", [7, 20, 33, 64, 95])
-def test_no_sequence_crosses_the_write_head(steps):
-    """Every sequence is consecutive in time, before and after the ring wraps; every start can be drawn."""
-    replay = counting_replay(20, 7, 0.3, steps)
-    batch = replay.sample(3000)["t"]
-    assert (np.diff(batch, axis=1) == 1).all()
-    assert set(batch[:, 0]) == set(range(max(0, steps - 20), steps - 6))
+@pytest.mark.parametrize("seed", range(8))
+def test_no_sequence_crosses_the_write_head(seed):
+    """Every sequence is consecutive in time, and every start can be drawn: for rings of any size, up to the
+    smallest that holds a sequence, before they are full and after they have wrapped a hundred times."""
+    rng = np.random.default_rng(seed)
+    length = int(rng.integers(1, 9))
+    capacity = length + int(rng.choice([0, 1, 13]))
+    replay = counting_replay(capacity, length, 0.3)
+    for t in range(100 * capacity + 5):
+        replay.add({"t": t})
+        if length <= t + 1 < 3 * capacity or t > 100 * capacity:
+            batch = replay.sample(200)["t"]
+            assert (np.diff(batch, axis=1) == 1).all()
+            assert set(batch[:, 0]) == set(range(max(0, t + 1 - capacity), t + 2 - length))
 
 
 def test_a_replay_that_is_too_small_says_so():
@@ -667,6 +698,36 @@ def test_saved_pieces_become_the_same_ring(tmp_path):
     assert older.total == kept < total + 1 and older.sample(20)["t"].max() < kept
     with pytest.raises(ValueError, match="needs 99"):
         counting_replay(20, 5, 0.3).load(tmp_path, 99)
+
+
+def test_memory_is_taken_at_the_start_and_never_grows():
+    """A ring has all its memory before the first step: too little shows at once, not after hours."""
+    script = """
+import resource, numpy as np; from replay import Replay
+resident = lambda: int(open("/proc/self/statm").read().split()[1]) * resource.getpagesize() / 1e6
+before = resident(); replay = Replay({"o": ((10_000,), np.uint8)}, 5000, 8, 0.3, np.random.default_rng(0))
+after = resident()
+for t in range(12_000): replay.add({"o": t % 256}); t < 8 or replay.sample(2)
+print(after - before, resident() - after)"""
+    if not Path("/proc/self/statm").exists():
+        pytest.skip("resident memory is read from /proc")
+    output = subprocess.check_output([sys.executable, "-c", script], cwd=HERE, text=True)
+    taken, grown = map(float, output.split())
+    assert taken >= 50 and grown < 2, (taken, grown)
+
+
+def test_saving_and_loading_never_copy_the_ring(tmp_path, monkeypatch):
+    """However much there is to write or to read: memory grows by one piece, not by the ring."""
+    monkeypatch.setattr(Replay, "PIECE", 100)
+    replay, other = (Replay({"o": ((1000,), np.uint8)}, 5000, 5, 0.3, np.random.default_rng(0)) for _ in "ab")
+    for t in range(7000):
+        replay.add({"o": t % 251})
+    tracemalloc.start()
+    replay.save(tmp_path)
+    other.load(tmp_path, 7000)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert (other.arrays["o"] == replay.arrays["o"]).all() and peak < 0.1 * replay.arrays["o"].nbytes, peak
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -767,6 +828,57 @@ def test_metrics_have_the_names_that_dreamer_users_know(tmp_path):
     assert np.allclose(np.cumsum(speeds), [line["seconds/total"] for line in lines if "fps/policy" in line])
 
 
+class Odd(Catch):
+    """Catch in episodes of given lengths, every second of them cut off by a time limit; the reward of a step
+    is its number in the run."""
+
+    def __init__(self, lengths):
+        super().__init__()
+        self.lengths, self.steps, self.returns = iter(lengths), 0, []
+
+    def reset(self, **options):
+        self.length = next(self.lengths)
+        self.returns.append(0)
+        return super().reset(**options)
+
+    def step(self, action):
+        observation, *_ = super().step(action)
+        self.steps += 1
+        self.returns[-1] += self.steps
+        last, cut = self.t == self.length, len(self.returns) % 2 == 0
+        return observation, float(self.steps), last and not cut, last and cut, {}
+
+
+@pytest.mark.parametrize("lengths", [
+    itertools.repeat(1), [10 ** 9], np.random.default_rng(0).geometric(0.1, 200)],
+    ids=["of one step", "endless", "of random lengths"])
+def test_a_run_survives_odd_episodes(lengths, tmp_path):
+    """Episodes of one step, of any length, without an end; rings wrapped many times; levels that have too
+    little to learn from yet: all rewards and ends reach all replays, no sequence is torn, and a level updates
+    from the moment when its replay holds one sequence."""
+    config = catch_config(tmp_path, levels=3, k=2, steps=150, warmup=0, train_every=4, batch_size=4,
+                          batch_length=6, replay_size=24, starts=8, horizon=3)
+    run, stored = train.Run(config, Odd(lengths)), [[] for _ in range(3)]
+    for replay, steps in zip(run.replays, stored):
+        def add(step, add=replay.add, steps=steps):
+            steps.append(step | {"at": run.step})
+            add(step)
+        replay.add = add
+    train.train(run, progress=False)
+    for i, (replay, steps) in enumerate(zip(run.replays, stored)):
+        field = {name: np.array([step[name] for step in steps]) for name in steps[0]}
+        ends = np.flatnonzero(field["is_last"])
+        assert (np.flatnonzero(field["is_first"]) == np.append(0, ends + 1)[:field["is_first"].sum()]).all()
+        assert (field["is_terminal"][ends] == (np.arange(len(ends)) % 2 == 0)).all()
+        rewards = [rewards.sum() for rewards in np.split(field["reward"], ends + 1)[:len(ends)]]
+        assert rewards == run.env.returns[:len(ends)] == [score for _, score in run.curve][:len(ends)]
+        sequences = np.lib.stride_tricks.sliding_window_view(field["reward"][-replay.capacity:], 6)
+        assert set(map(tuple, replay.sample(100)["reward"])) <= set(map(tuple, sequences))
+        stride = 4 * 2 ** i
+        assert run.updates[i] == sum((field["at"] < step).sum() >= 6 for step in range(stride, 151, stride))
+    assert run.replays[0].total > 6 * run.replays[0].capacity and len(ends) == len(run.curve)
+
+
 def test_a_non_finite_loss_stops_the_run(tmp_path):
     """NaN is never trained on silently: the run ends, names the level and losses, writes no checkpoint."""
     run = train.Run(catch_config(tmp_path), Catch())
@@ -790,78 +902,95 @@ def test_every_setting_is_read():
         train.make_config({"preset": name})
 
 
+@pytest.fixture
+def refused(monkeypatch, capfd, tmp_path):
+    """A command line, run in tmp_path, that must fail as it should: exit code 2, one line of error without a
+    traceback, nothing written, changed or deleted. Returns that line."""
+    def files():
+        return {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
+
+    def run(script, *flags):
+        before, _ = files(), capfd.readouterr()
+        monkeypatch.setattr(sys, "argv", [script, *map(str, flags)])
+        with pytest.raises(SystemExit) as exit:  # in this process, which has torch imported: that is quicker
+            runpy.run_path(str(HERE / script), run_name="__main__")
+        line = capfd.readouterr().err
+        assert exit.value.code == 2 and line.startswith(script + ": ") and line.count("\n") == 1, line
+        assert files() == before
+        return line
+
+    monkeypatch.chdir(tmp_path)
+    return run
+
+
 @pytest.mark.parametrize("flags, words", [
     ("--game pnog", ["unknown game 'pnog'", "pong"]),
     ("--gmae pong", ["unknown flag --gmae", "--game"]),
-    ("--levels 0", ["--levels 0", "1 to 6"]),
-    ("--levels three", ["--levels", "three"]),
+    ("pong", ["pong"]),
     ("--batch_length 1", ["--batch_length 1", "at least 2"]),
     ("--subgoal_classes 1", ["--subgoal_classes 1", "2 to 255"]),
-    ("--tau 1.5", ["--tau 1.5", "0 to 1"]),
-    ("--tau nan", ["--tau nan", "0 to 1"]),
     ("--state_size 12", ["--state_size 12", "multiple of 8"]),
-    ("--starts 5000", ["--starts 5000", "16 x 64"]),
-    ("--replay_size 500", ["--replay_size 500", "64"]),
-    ("--first_stride 3", ["--first_stride", "3"]),
-    ("--preset cup", ["--preset", "cpu"]),
+    ("--starts 5000", ["--starts 5000", "4 x 16"]),
+    ("--replay_size 255", ["--replay_size 255", "16 steps"]),
+    ("--replay_size 1000000000000", ["--replay_size 1000000000000", "memory"]),
+    ("--steps 299", ["--steps 299", "first update, at step 300", "--warmup"]),
+    ("--steps 15 --warmup 0 --train_every 1", ["--steps 15", "at step 16", "--batch_length"]),
+    ("--steps 1999 --train_every 2000", ["--steps 1999", "at step 2000", "--train_every"]),
     ("--device cuda:99", ["--device cuda:99"]),
     ("--device gpu", ["--device gpu"]),
-    ("--steps 0", ["--steps 0", "at least 1"]),
-    ("pong", ["pong"]),
+    ("--device meta", ["--device meta"]),
+    ("--logdir", ["--logdir", "expected one argument"]),
+    ("--logdir file/run", ["--logdir file/run", "cannot be used", "Not a directory"]),
+    ("--logdir file", ["--logdir file", "cannot be used", "File exists"]),
+    ("--logdir /proc/run", ["--logdir /proc/run", "cannot be used"]),
+    ("--logdir full", ["full already exists", "--resume", "another --logdir"]),
+    ("--resume --logdir nowhere", ["nowhere/checkpoint.pt does not exist"]),
+    ("--resume --logdir full", ["full/checkpoint.pt does not exist"]),
 ])
-def test_bad_input_is_one_clear_line(flags, words):
+def test_bad_input_is_one_clear_line(refused, tmp_path, flags, words):
     """Whatever is wrong on the command line is said in one line, with what would be right."""
-    with pytest.raises(train.UsageError) as error:
-        train.main(["--preset", "paper", *flags.split()])
-    assert "\n" not in str(error.value) and all(word in str(error.value) for word in words)
-
-
-def test_runs_are_never_overwritten_and_bad_checkpoints_are_named(tmp_path):
-    """An existing run is kept; a missing, truncated or foreign checkpoint or a contradicting flag is said."""
-    def error(*flags):
-        with pytest.raises(train.UsageError) as caught:
-            train.main(["--device", "cpu", "--logdir", str(tmp_path), *flags])
-        return str(caught.value)
-
-    assert "does not exist" in error("--resume")
     (tmp_path / "file").write_text("")
-    assert "cannot be used: Not a directory" in error("--logdir", str(tmp_path / "file" / "run"))
-    (tmp_path / "checkpoint.pt").write_bytes(b"no checkpoint")
-    assert "is not a checkpoint" in error("--resume")
-    assert "already exists: add --resume" in error()
-    config = train.make_config({"preset": "debug", "levels": 1, "logdir": str(tmp_path)})
-    run = train.Run(config, train.Atari("pong"))
-    run.act()
-    run.save()
-    assert "--levels 2 contradicts" in error("--resume", "--levels", "2")
-    assert "--game" in error("--resume", "--game", "boxing")
-    whole = (tmp_path / "checkpoint.pt").read_bytes()
-    (tmp_path / "replay-0").rename(tmp_path / "gone")
-    assert "does not fit" in error("--resume")
-    (tmp_path / "checkpoint.pt").write_bytes(whole[:len(whole) // 2])
-    assert "is not a checkpoint" in error("--resume")
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "letter.txt").write_text("not a run")
+    line = refused("train.py", "--preset", "debug", "--device", "cpu", *flags.split())
+    assert all(word in line for word in words), line
 
 
-def test_command_line_exit_codes_and_signals(tmp_path):
-    """A typo exits with 2 and one line on stderr; Ctrl+C saves the run, says how to continue, and it does."""
+def test_every_setting_is_checked(refused):
+    """What is not of a setting's type, no choice of its, or just out of its range is refused by name."""
+    for field in dataclasses.fields(train.Config):
+        low, high, choices = (field.metadata[name] for name in ("low", "high", "choices"))
+        wrong = ["what"] * (field.type is not str or choices is not None)
+        wrong += ["nan", "inf"] * (field.type is float)
+        wrong += [(low or 0) - 1] * (low is not None) + [(high or 0) + 1] * (high is not None)
+        for value in wrong:
+            assert f"--{field.name}" in refused("train.py", f"--{field.name}={value}")
+
+
+def test_a_game_without_its_rom_is_one_clear_line(refused, monkeypatch, tmp_path):
+    """Where the emulator finds no ROM of a game that it knows, that is said, with what to do."""
+    monkeypatch.setenv("ALE_ROMS_DIR", str(tmp_path))
+    assert "no ROM of 'pong'" in refused("train.py", "--game", "pong", "--preset", "debug")
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_signals_save_first(number, tmp_path):
+    """Ctrl+C and SIGTERM save the run and say how to continue it; continued, it ends with a score."""
     command = [sys.executable, "train.py", "--logdir", str(tmp_path / "run"), "--device", "cpu"]
-    here = Path(train.__file__).parent
-    wrong = subprocess.run([*command, "--game", "pnog"], cwd=here, capture_output=True, text=True)
-    assert wrong.returncode == 2 and wrong.stderr.count("\n") == 1 and not (tmp_path / "run").exists()
-    settings = ["--game", "pong", "--preset", "debug", "--steps", "100000", "--save_every", "100000"]
-    process = subprocess.Popen([*command, *settings], cwd=here, stdout=subprocess.PIPE,
+    settings = "--game breakout --preset debug --warmup 0 --steps 100000 --save_every 100000 --log_every 20"
+    process = subprocess.Popen([*command, *settings.split()], cwd=HERE, stdout=subprocess.PIPE,
                                stderr=subprocess.DEVNULL, text=True)
     while not (tmp_path / "run" / "metrics.jsonl").exists():
         assert process.poll() is None
         time.sleep(0.1)
-    process.send_signal(signal.SIGINT)
+    process.send_signal(number)
     output, _ = process.communicate(timeout=60)
-    assert process.returncode == 130 and "continue with: python train.py" in output
+    assert process.returncode == 128 + number and "continue with: python train.py" in output
     step = int(re.search(r"stopped at step (\d+)", output)[1])
     resumed = subprocess.run([*command, "--resume", "--steps", str(step + 10), "--eval_episodes", "1"],
-                             cwd=here, capture_output=True, text=True)
+                             cwd=HERE, capture_output=True, text=True)
     assert resumed.returncode == 0 and f"resumed at step {step}" in resumed.stdout
-    assert f"pong after {step + 10} steps: score" in resumed.stdout
+    assert f"breakout after {step + 10} steps: score" in resumed.stdout
     summary = json.loads((tmp_path / "run" / "evaluation.json").read_text())
     assert summary["agent_steps"] == step + 10 and len(summary["returns"]) == 1
 
@@ -872,7 +1001,7 @@ def test_killed_at_any_moment_a_run_ends_as_if_undisturbed(tmp_path):
     def command(name):
         return [sys.executable, "train.py", "--logdir", str(tmp_path / name), "--device", "cpu"]
 
-    quiet = dict(cwd=Path(train.__file__).parent, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    quiet = dict(cwd=HERE, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     settings = ("--game breakout --preset debug --steps 450 --warmup 200"
                 " --save_every 30 --log_every 50 --eval_episodes 1")
     subprocess.run([*command("whole"), *settings.split()], check=True, **quiet)
@@ -897,26 +1026,44 @@ def test_killed_at_any_moment_a_run_ends_as_if_undisturbed(tmp_path):
 
 def test_a_full_disk_leaves_the_checkpoint_intact(tmp_path, monkeypatch, capsys):
     """When a checkpoint cannot be written, the one before stays whole, and one line says what to do."""
-    settings = ["--game", "breakout", "--preset", "debug", "--device", "cpu",
+    settings = ["--game", "breakout", "--preset", "debug", "--device", "cpu", "--warmup", "0",
                 "--logdir", str(tmp_path / "run"), "--steps", "60", "--save_every", "20"]
-
-    def full(checkpoint, path):
-        Path(path).write_bytes(b"half a file")
-        raise OSError(28, "No space left on device")
+    resource = pytest.importorskip("resource")  # not on Windows
+    limits, save = resource.getrlimit(resource.RLIMIT_FSIZE), train.Run.save
 
     def full_at_step_40(run):
-        if run.step == 40:
-            monkeypatch.setattr(torch, "save", full)
+        if run.step == 40:  # from here on the system refuses to let a file grow beyond a megabyte
+            resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, limits[1]))
         save(run)
 
-    save = train.Run.save
     monkeypatch.setattr(train.Run, "save", full_at_step_40)
-    with pytest.raises(train.UsageError, match="No space left on device.*intact.*--resume"):
-        train.main(settings)
+    try:
+        with pytest.raises(train.UsageError, match="File too large.*intact: make room.*--resume"):
+            train.main(settings)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert len(list((tmp_path / "run" / "replay-0").glob("*.npz"))) == 2  # the second is of no checkpoint
     monkeypatch.undo()
     resume = ["--logdir", str(tmp_path / "run"), "--resume", "--steps", "50", "--eval_episodes", "1"]
     assert train.main(resume) == 0
     assert "resumed at step 20" in capsys.readouterr().out
+
+
+def test_all_that_a_checkpoint_needs_is_on_the_disk_when_it_takes_its_name(tmp_path, monkeypatch):
+    """Not even a power cut leaves half a checkpoint: every file of it was handed over to the disk, whole."""
+    synced = {}
+
+    def fsync(file):
+        status = os.fstat(file)
+        synced[status.st_ino] = status.st_size
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    run = train.Run(catch_config(tmp_path), Catch())
+    run.act()
+    run.log.write(0, {"a line": 1})
+    run.save()
+    files = [path.stat() for path in tmp_path.rglob("*") if path.suffix in (".pt", ".npz", ".jsonl")]
+    assert len(files) == 4 and all(synced[file.st_ino] == file.st_size for file in files)
 
 
 @pytest.mark.parametrize("spelling", ["ms_pacman", "MsPacman", "mspacman", "Ms-Pacman", "MS PACMAN"])
@@ -1046,47 +1193,122 @@ def test_evaluation_loads_the_trained_weights(tmp_path):
         assert torch.equal(value, run.agent.state_dict()[name]), name
 
 
-@pytest.mark.parametrize("damage, says", [
-    (lambda c: [1, 2], "does not fit"),
-    (lambda c: c["weights"], "config"),
-    (lambda c: c | {"config": c["config"] | {"momentum": 1}}, "momentum"),
-    (lambda c: c | {"config": c["config"] | {"levels": 99}}, "--levels 99"),
-    (lambda c: c | {"config": c["config"] | {"levels": "many"}}, "does not fit"),
-    (lambda c: c | {"config": c["config"] | {"game": "chess"}}, "unknown game"),
-    (lambda c: c | {"config": c["config"] | {"hidden": 32}}, "size mismatch"),
-    (lambda c: c | {"weights": {}}, "Missing key"),
-    (None, "damaged"),
+@pytest.fixture(scope="module")
+def saved_run(tmp_path_factory):
+    """The directory of a run that has just begun, to be copied."""
+    directory = tmp_path_factory.mktemp("saved") / "run"
+    run = untrained_run(directory)
+    run.act()  # one step for every replay
+    run.save()
+    return directory
+
+
+class Trap:
+    """A pickle that creates a file when it is loaded carelessly."""
+
+    def __reduce__(self):
+        return open, ("trapped", "w")
+
+
+BOTH = EVALUATE, TRAIN = "evaluate.py run --episodes 1", "train.py --resume --logdir run"
+
+
+@pytest.mark.parametrize("commands, damage, says", [
+    (BOTH, lambda c: [1, 2], "TypeError"),
+    (BOTH, lambda c: c["weights"], "'config'"),
+    (BOTH, lambda c: c | {"config": c["config"] | {"momentum": 1}}, "momentum"),
+    (BOTH, lambda c: c | {"config": c["config"] | {"levels": 99}}, "--levels 99"),
+    (BOTH, lambda c: c | {"config": c["config"] | {"levels": "many"}}, "TypeError"),
+    (BOTH, lambda c: c | {"config": c["config"] | {"state_size": 8 * 10 ** 30}}, "OverflowError"),
+    (BOTH, lambda c: c | {"config": c["config"] | {"game": "chess"}}, "unknown game"),
+    (BOTH, lambda c: c | {"config": c["config"] | {"game": "pong"}}, "size mismatch"),
+    (BOTH, lambda c: c | {"config": c["config"] | {"hidden": 32}}, "size mismatch"),
+    (BOTH, lambda c: c | {"weights": {}}, "Missing key"),
+    (BOTH, lambda c: {name: c[name] for name in ("config", "weights")}, "KeyError"),
+    ([EVALUATE], lambda c: c | {"curve": "high"}, "ValueError"),
+    ([EVALUATE], lambda c: c | {"seconds": None}, "TypeError"),
+    ([TRAIN], lambda c: c | {"optimisers": [3]}, "AttributeError"),
+    ([TRAIN], lambda c: c | {"replay_totals": [2, 1]}, "the checkpoint needs 2"),
+    ([TRAIN], lambda c: c | {"env": {}}, "KeyError"),
+    (BOTH, lambda c: Trap(), "UnpicklingError"),
+    (BOTH, lambda raw: b"", "not a zip file"),
+    (BOTH, lambda raw: b"no checkpoint", "not a zip file"),
+    (BOTH, lambda raw: raw[:len(raw) // 2], "not a zip file"),
+    (BOTH, lambda raw: raw[:5000] + bytes([raw[5000] ^ 1]) + raw[5001:], "checksum"),
 ])
-def test_a_checkpoint_that_does_not_fit_is_one_clear_line(tmp_path, damage, says):
-    """A foreign, hand-edited or truncated checkpoint gives one line that names the file and what is wrong."""
-    untrained_run(tmp_path)
-    path = tmp_path / "checkpoint.pt"
-    if damage:
-        torch.save(damage(torch.load(path, weights_only=True)), path)
+def test_a_wrong_checkpoint_is_one_clear_line(saved_run, refused, tmp_path, commands, damage, says):
+    """A foreign, hand-edited, truncated or altered checkpoint gives one line that names the file and what is
+    wrong, when evaluated as when resumed; nothing in it is executed."""
+    shutil.copytree(saved_run, tmp_path / "run")
+    path = tmp_path / "run" / "checkpoint.pt"
+    if "raw" in damage.__code__.co_varnames:
+        path.write_bytes(damage(path.read_bytes()))
     else:
-        path.write_bytes(path.read_bytes()[:1000])
-    with pytest.raises(train.UsageError) as error:
-        evaluate.main([str(tmp_path)])
-    assert says in str(error.value) and "checkpoint.pt" in str(error.value) and "\n" not in str(error.value)
+        torch.save(damage(torch.load(path, weights_only=True)), path)
+    for command in commands:
+        line = refused(*command.split())
+        assert says in line and "run/checkpoint.pt" in line and "weights_only" not in line, line
+
+
+@pytest.mark.parametrize("damage", [
+    lambda path: path.unlink(), lambda path: path.write_bytes(b""),
+    lambda path: path.write_bytes(b"not a ring"), lambda path: path.write_bytes(path.read_bytes()[:3000]),
+    lambda path: path.write_bytes(path.read_bytes().replace(b"reward", b"regard"))])
+def test_a_wrong_replay_is_one_clear_line(saved_run, refused, tmp_path, damage):
+    """Missing, empty, foreign, truncated and altered files of a replay are named when resuming."""
+    shutil.copytree(saved_run, tmp_path / "run")
+    damage(tmp_path / "run" / "replay-0" / "000000000-000000001.npz")
+    line = refused(*TRAIN.split())
+    assert "run/checkpoint.pt is damaged" in line and "ValueError, run/replay-0" in line, line
+
+
+@pytest.mark.parametrize("flags", ["--levels 3", "--game boxing", "--preset cpu", "--seed 1", "--tau 0.0"])
+def test_a_resumed_run_keeps_its_settings(saved_run, refused, tmp_path, flags):
+    """A flag that contradicts the run to be resumed is named, with the value that the run has."""
+    shutil.copytree(saved_run, tmp_path / "run")
+    line = refused(*TRAIN.split(), *flags.split())
+    assert re.search(f"{flags} contradicts the run, which has [a-z0-9.]+$", line)
 
 
 @pytest.mark.parametrize("command, says", [
-    ("", "name one directory"), ("one two", "name one directory"), ("nowhere", "does not exist"),
+    ("", "name one directory"), ("run run", "name one directory"), ("--s5 a.png", "name one directory"),
+    ("nowhere", "nowhere/checkpoint.pt does not exist"), ("a.json", "a.json/checkpoint.pt is damaged"),
+    ("empty", "empty/checkpoint.pt does not exist"), ("empty --s5 a.png", "does not exist"),
     ("run --vidoe film.gif", "did you mean --video"), ("run --video film.mp4", "must end in .gif"),
+    ("run --json run/checkpoint.pt", "must end in .json"), ("run --json run.json", "it is a directory"),
     ("run --strip nowhere/strip.png", "no directory nowhere"),
     ("run --json nowhere/a.json", "no directory nowhere"),
-    ("run --episodes 0", "at least 1"), ("--table", "needs result files"),
-    ("run --etbs a.png", "needs no run"), ("--table a.json --video film.gif", "use two commands"),
+    ("run --episodes 0", "at least 1"), ("run --episodes many", "invalid int"),
+    ("run --seed -1", "--seed -1"), ("run --device cuda:99", "--device cuda:99"),
+    ("run --etbs a.png", "needs no run"), ("run --video a.gif --json -", "by another command"),
+    ("--table", "needs result files"), ("--table a.json --video film.gif", "use two commands"),
+    ("--curves a.png a.json --episodes 3", "use two commands"),
     ("--bars a.png a.json --episodes 3", "use two commands"),
-    ("--table nowhere.json", "cannot be read"), ("--s5 a.png", "name one directory"),
-    ("run --video a.gif --json -", "by another command"),
+    ("--table a.json nowhere.json", "nowhere.json cannot be read"), ("--table run", "run cannot be read"),
+    ("--table a.json a.json", "are the same run"), ("--curves a.png run/checkpoint.pt", "is not a result"),
 ])
-def test_a_wrong_command_is_one_clear_line(tmp_path, monkeypatch, command, says):
+def test_a_wrong_command_is_one_clear_line(saved_run, refused, tmp_path, command, says):
     """A command that cannot succeed says why, before anything is played."""
-    monkeypatch.chdir(tmp_path)
-    with pytest.raises(train.UsageError, match=says) as error:
-        evaluate.main(command.split())
-    assert "\n" not in str(error.value)
+    write_result(tmp_path / "a.json")
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "run.json").mkdir()
+    (tmp_path / "run").symlink_to(saved_run)
+    assert says in refused("evaluate.py", *command.split())
+
+
+@pytest.mark.parametrize("content", [
+    "", "[" * 100_000, "3", "[]", "NaN", "{}", b"\xff\xfe", {"returns": []}, {"returns": [1.0, float("nan")]},
+    {"returns": ["high"]}, {"returns": 3}, {"returns": [[1.0]]}, {"returns": [10 ** 400]}, {"game": None},
+    {"seed": "0"}, {"curve": [[1, 2, 3]]}, {"curve": {}}], ids=lambda content: str(content)[:20])
+def test_a_malformed_result_is_one_clear_line(refused, tmp_path, content):
+    """A file that is no JSON, without finite returns or with missing or wrong entries is refused by name."""
+    path = tmp_path / "a.json"
+    if isinstance(content, dict):
+        write_result(path, **content)
+    else:
+        path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    for output in (["--table"], ["--curves", "a.png"]):
+        assert "a.json is not a result" in refused("evaluate.py", *output, path)
 
 
 def test_help_names_every_flag_and_valid_examples(capsys):
@@ -1361,16 +1583,6 @@ def test_bars_stand_beside_published_ones(tmp_path, monkeypatch):
     assert np.allclose(widths, [(2 + 20.7) / 35.3, (5 + 20.7) / 35.3, 1])
     ends = [len(segment) for segment in axes["pong"].collections[0].get_segments()]  # of the whiskers
     assert ends[:3] == [0, 2, 0] and not any(ends[3:])
-
-
-@pytest.mark.parametrize("changes", [
-    {"returns": []}, {"returns": [1.0, float("nan")]}, {"returns": ["high"]}, {"returns": 3}, {"game": None},
-    {"seed": "0"}, {"curve": [[1, 2, 3]]}, {"settings": "tau"}])
-def test_a_malformed_result_is_one_clear_line(tmp_path, changes):
-    """A file without finite returns or with missing or wrong entries is refused by name, in one line."""
-    with pytest.raises(train.UsageError, match="a.json is not a result") as error:
-        evaluate.main(["--table", write_result(tmp_path / "a.json", **changes)])
-    assert "\n" not in str(error.value)
 
 
 def test_the_same_run_twice_is_refused(tmp_path):

@@ -5,16 +5,19 @@ In this file: every setting (Config), the game as the agent sees it (Atari), the
 """
 
 import argparse
+import contextlib
 import ctypes
 import dataclasses
 import difflib
 import json
+import math
 import os
 import pickle
 import signal
 import subprocess
 import sys
 import time
+import zipfile
 from pathlib import Path
 
 import ale_py
@@ -22,10 +25,12 @@ import gymnasium
 import numpy as np
 import torch
 from gymnasium.vector import AutoresetMode, SyncVectorEnv
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 from hierarchy import Hieros
-from replay import Replay
+from replay import Replay, replacing
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -45,7 +50,7 @@ class Config:
     game: str = setting("pong", "Atari game, in any spelling: pong, ms_pacman, MsPacman")
     preset: str = setting("auto", "paper, cpu (about an hour on two cores), debug (under a minute), or auto:"
                           " paper on a CUDA device, cpu otherwise", choices=["auto", "paper", "cpu", "debug"])
-    seed: int = setting(0, "seed of everything random", 0)
+    seed: int = setting(0, "seed of everything random", 0, 2 ** 63 - 1)
     device: str = setting("auto", "auto, cpu, cuda, cuda:1, ...")
     logdir: str = setting("", "where the run is written (default runs/GAME-SEED)")
     levels: int = setting(3, "L, levels of the hierarchy; 1 is the flat agent", 1, 6)
@@ -89,6 +94,7 @@ class Config:
     autoencoder_lr: float = setting(1e-4, "learning rate of the subgoal autoencoders", 0)
 
     precision: str = setting("float32", "arithmetic of the matrix products", choices=["float32", "bf16"])
+    compile: bool = setting(False, "torch.compile for dreams and losses: minutes to begin with, then faster")
     log_every: int = setting(500, "agent steps between lines of metrics.jsonl", 1)
     save_every: int = setting(2500, "agent steps between checkpoints", 1)
     eval_episodes: int = setting(100, "episodes of the final evaluation", 1)
@@ -96,15 +102,16 @@ class Config:
 
 PRESETS = {
     "paper": {},
-    "cpu": dict(steps=20_000, train_every=2, warmup=500, batch_size=8, batch_length=32, stoch=16, classes=16,
-                hidden=128, state_size=64, s5_layers=2, units=128, mlp_layers=2, depth=24, first_stride=4,
-                horizon=10, starts=128, model_lr=1e-3, actor_lr=3e-4, critic_lr=3e-4, autoencoder_lr=1e-3,
-                entropy_scale=3e-3, eval_episodes=20),
-    "debug": dict(steps=1200, train_every=10, warmup=300, batch_size=4, batch_length=16, stoch=8, classes=8,
-                  hidden=64, state_size=32, s5_layers=2, units=64, mlp_layers=1, depth=8, first_stride=4,
-                  horizon=5, starts=32, log_every=100, save_every=400, eval_episodes=2),
+    "cpu": dict(steps=20_000, replay_size=20_000, train_every=2, warmup=500, batch_size=8, batch_length=32,
+                stoch=16, classes=16, hidden=128, state_size=64, s5_layers=2, units=128, mlp_layers=2,
+                depth=24, first_stride=4, horizon=10, starts=128, model_lr=1e-3, actor_lr=3e-4,
+                critic_lr=3e-4, autoencoder_lr=1e-3, entropy_scale=3e-3, eval_episodes=20),
+    "debug": dict(steps=1200, replay_size=2000, train_every=10, warmup=300, batch_size=4, batch_length=16,
+                  stoch=8, classes=8, hidden=64, state_size=32, s5_layers=2, units=64, mlp_layers=1, depth=8,
+                  first_stride=4, horizon=5, starts=32, log_every=100, save_every=400, eval_episodes=2),
 }
-RESUMABLE = {"steps", "device", "log_every", "save_every", "eval_episodes"}  # what --resume may change
+# What --resume may change.
+RESUMABLE = {"steps", "logdir", "device", "log_every", "save_every", "eval_episodes", "compile"}
 
 
 class UsageError(Exception):
@@ -128,6 +135,7 @@ EXAMPLES = """examples:
   python train.py --game breakout --levels 1 --seed 3    the flat agent, in runs/breakout-3
   python train.py --logdir runs/pong-0 --resume          goes on where it was stopped or killed
   python train.py --preset debug --logdir runs/try       does it work at all? in under a minute
+  python train.py --preset paper --profile               how long would it take on this machine?
 
 exit codes: 0 done; 1 a loss was not finite; 2 the command or a file is wrong, one line on the standard error
 says what; 130 or 143 stopped by Ctrl+C or SIGTERM, and saved
@@ -135,7 +143,7 @@ says what; 130 or 143 stopped by Ctrl+C or SIGTERM, and saved
 
 
 def parse_config(argv):
-    """(explicitly given {name: value}, resume) from a command line. Raises UsageError; only --help exits."""
+    """(explicitly given {name: value}, resume, profile) from a command line. UsageError; only --help exits."""
     parser = Parser(description="Train Hieros on an Atari game, then play it for a score.", epilog=EXAMPLES,
                     usage="train.py [--game str] [--seed int] [any setting below] [--resume]",
                     formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
@@ -145,13 +153,18 @@ def parse_config(argv):
             values = {"default": field.default}
         defaults = ", ".join(f"{name} {value}" for name, value in values.items() if value != "")
         choices = field.metadata["choices"]
-        parser.add_argument("--" + field.name, type=field.type, choices=choices, default=argparse.SUPPRESS,
-                            metavar="|".join(map(str, choices)) if choices else field.type.__name__,
+        kind = dict(action="store_true") if field.type is bool else dict(
+            type=field.type, choices=choices,
+            metavar="|".join(map(str, choices)) if choices else field.type.__name__)
+        parser.add_argument("--" + field.name, default=argparse.SUPPRESS, **kind,
                             help=field.metadata["help"] + f" ({defaults})" * bool(defaults))
     parser.add_argument("--resume", action="store_true",
                         help="continue the run in --logdir from its last checkpoint")
+    parser.add_argument("--profile", action="store_true",
+                        help="do not train: measure what an update costs and how long the whole run would"
+                        " take here, and write that to LOGDIR/profile.json (default runs/GAME-SEED-profile)")
     given = vars(parser.parse_args(argv))
-    return given, given.pop("resume")
+    return given, given.pop("resume"), given.pop("profile")
 
 
 def make_config(given):
@@ -165,7 +178,7 @@ def make_config(given):
     config = dataclasses.replace(config, **(PRESETS[config.preset] | explicit))
     for field in dataclasses.fields(Config):
         value, low, high = getattr(config, field.name), field.metadata["low"], field.metadata["high"]
-        if (low is not None and not value >= low) or (high is not None and not value <= high):
+        if (low is not None and not low <= value < math.inf) or (high is not None and not value <= high):
             raise UsageError(f"--{field.name} {value} is out of range: "
                              + (f"at least {low}" if high is None else f"{low} to {high}"))
     if config.state_size % 8:
@@ -178,8 +191,12 @@ def make_config(given):
         raise UsageError(f"--replay_size {config.replay_size} is too small:"
                          f" the top level keeps a k^{config.levels - 1}th of it"
                          f" and needs {config.batch_length} steps for one sequence")
+    first = -(-max(config.warmup, config.batch_length) // config.train_every) * config.train_every
+    if config.steps < first:
+        raise UsageError(f"--steps {config.steps} ends before the first update, at step {first}, the first"
+                         " multiple of --train_every that is at least --warmup and --batch_length")
     try:
-        torch.zeros(1, device=config.device)
+        torch.zeros(1, device=config.device).item()  # .item(): the device "meta" holds no values
     except (RuntimeError, AssertionError) as error:
         raise UsageError(f"--device {config.device} cannot be used here: {str(error).splitlines()[0]}")
     config.game = atari_name(config.game)
@@ -248,8 +265,12 @@ class Atari(gymnasium.Env):
     ROWS, COLUMNS = area_weights(210, 64), area_weights(160, 64)
 
     def __init__(self, game):
-        self.game = gymnasium.make(atari_games()[game], frameskip=1, repeat_action_probability=0.0,
-                                   full_action_space=False, disable_env_checker=True).unwrapped
+        try:
+            self.game = gymnasium.make(atari_games()[game], frameskip=1, repeat_action_probability=0.0,
+                                       full_action_space=False, disable_env_checker=True).unwrapped
+        except OSError as error:
+            raise UsageError(f"there is no ROM of '{game}': {' '.join(str(error).split())};"
+                             " ale-py brings them all: unset ALE_ROMS_DIR, or install it anew")
         self.observation_space = gymnasium.spaces.Box(0, 255, (64, 64, 3), np.uint8)
         self.action_space = self.game.action_space
         self.previous = self.screen = None  # the last two frames
@@ -317,8 +338,13 @@ def make_agent(config, env):
         "autoencoder_lr")}
     weights = {name: getattr(config, name + "_weight") for name in ("extrinsic", "subgoal", "novelty")}
     with torch.device(config.device):
-        return Hieros(env.observation_space.shape, int(env.action_space.n), config.levels, config.k,
-                      (config.subgoal_categoricals, config.subgoal_classes), weights, model, behaviour)
+        agent = Hieros(env.observation_space.shape, int(env.action_space.n), config.levels, config.k,
+                       (config.subgoal_categoricals, config.subgoal_classes), weights, model, behaviour)
+    for level in agent.levels if config.compile else ():
+        level.world_model.dream = torch.compile(level.world_model.dream)
+        level.world_model.loss = torch.compile(level.world_model.loss)
+        level.behaviour_loss = torch.compile(level.behaviour_loss)
+    return agent
 
 
 def autocast(config):
@@ -353,15 +379,27 @@ def env_step(observation, reward=0.0, *, is_first=False, is_last=False, is_termi
 
 def load_checkpoint(path, device):
     """The dictionary that Run.save wrote. weights_only: a stranger's checkpoint cannot execute anything."""
+    with zipfile.ZipFile(path) as file:
+        if file.testzip():  # torch.load would not look, and go on with other weights
+            raise ValueError("a checksum is wrong")
+    return unpack(torch.load(path, map_location=device, weights_only=True))
+
+
+@contextlib.contextmanager
+def trusting(path):
+    """Turns what a missing, damaged, foreign or hand-edited checkpoint breaks in this block into one line."""
     try:
-        return unpack(torch.load(path, map_location=device, weights_only=True))
+        yield
+    except UsageError as error:
+        raise UsageError(f"{path}: {error}") from error
     except FileNotFoundError:
         raise UsageError(f"{path} does not exist:"
                          " this is not the directory of a run, or it has no checkpoint yet")
-    except (pickle.UnpicklingError, RuntimeError, EOFError, LookupError, TypeError, ValueError,
-            AttributeError, OSError) as error:  # what torch.load makes of damaged files
-        raise UsageError(f"{path} is not a checkpoint of this program,"
-                         f" or is damaged ({type(error).__name__})") from error
+    except (zipfile.BadZipFile, pickle.UnpicklingError, RuntimeError, EOFError, LookupError, TypeError,
+            ValueError, ArithmeticError, AttributeError, OSError) as error:
+        reason = " ".join(str(error).split()).split(". ")[0][:200]  # torch goes on with dangerous advice
+        raise UsageError(f"{path} is damaged or not a checkpoint of this program:"
+                         f" {type(error).__name__}, {reason}") from error
 
 
 class Run:
@@ -372,9 +410,11 @@ class Run:
         torch.manual_seed(config.seed)
         self.rng = np.random.default_rng(config.seed)
         self.agent = make_agent(config, env)
-        self.replays = [Replay(spec, -(-config.replay_size // config.k ** i), config.batch_length, config.tau,
-                               self.rng)
-                        for i, spec in enumerate(self.agent.specs)]
+        try:
+            self.replays = [Replay(spec, -(-config.replay_size // config.k ** i), config.batch_length,
+                                   config.tau, self.rng) for i, spec in enumerate(self.agent.specs)]
+        except MemoryError as error:
+            raise UsageError(f"--replay_size {config.replay_size} does not fit into memory: {error}")
         self.memory = self.agent.initial_memory(1)
         observation, _ = env.reset(seed=config.seed)
         self.now = env_step(observation, is_first=True)
@@ -411,11 +451,14 @@ class Run:
         c = self.config
         for i, (level, replay) in enumerate(zip(self.agent.levels, self.replays)):
             if self.step >= c.warmup and self.step % (c.train_every * c.k ** i) == 0 and replay.starts:
-                batch = {name: torch.from_numpy(array).to(c.device, non_blocking=True)
-                         for name, array in replay.sample(c.batch_size).items()}
                 with autocast(self.config):
-                    self.log.add(self.step, i, level.update(batch))
+                    self.log.add(self.step, i, level.update(self.batch(i)))
                 self.updates[i] += 1
+
+    def batch(self, i):
+        """A batch from the replay of level i, on the device."""
+        return {name: torch.from_numpy(array).to(self.config.device, non_blocking=True)
+                for name, array in self.replays[i].sample(self.config.batch_size).items()}
 
     def save(self):
         """Write a checkpoint. The old one stays valid until the new one is complete and takes its name."""
@@ -433,9 +476,11 @@ class Run:
             "replay_totals": [replay.total for replay in self.replays], "step": self.step,
             "seconds": self.seconds, "score": self.score, "curve": self.curve, "updates": self.updates,
         }
-        temporary = self.directory / "checkpoint.tmp"
-        torch.save(pack(checkpoint), temporary)
-        temporary.replace(self.directory / "checkpoint.pt")
+        try:
+            with replacing(self.directory / "checkpoint.pt") as file:
+                torch.save(pack(checkpoint), file)
+        except RuntimeError as error:  # torch hides what the disk has said behind an error of its own
+            raise error.__context__ or error
         for i, replay in enumerate(self.replays):
             replay.prune(self.directory / f"replay-{i}")
 
@@ -518,13 +563,15 @@ class Log:
 
     def state(self):
         """What `restore` needs: the file's length and the sums not yet written."""
+        if self.file:
+            os.fsync(self.file.fileno())
         return {"bytes": self.path.stat().st_size if self.path.exists() else 0,
                 "sums": self.sums}
 
     def restore(self, state):
         """Cut off the lines written after the checkpoint: the resumed run writes them again."""
         if self.path.exists():
-            os.truncate(self.path, state["bytes"])
+            os.truncate(self.path, min(state["bytes"], self.path.stat().st_size))
         self.sums = state["sums"]
 
 
@@ -539,7 +586,8 @@ def train(run, progress=True):
                 for number in (signal.SIGINT, signal.SIGTERM)}
     bar = tqdm(total=config.steps, initial=run.step, unit="step", disable=not progress, dynamic_ncols=True,
                mininterval=1.0)
-    phases, since, logged = {"act": 0.0, "env": 0.0, "train": 0.0}, time.perf_counter(), run.step
+    phases = dict.fromkeys(("act", "env", "train", "save"), 0.0)
+    since, logged = time.perf_counter(), run.step
     try:
         while run.step < config.steps and not stopped:
             times = [time.perf_counter()]
@@ -569,7 +617,9 @@ def train(run, progress=True):
                                 mean10=f"{np.mean(scores):.1f}" if scores else "-",
                                 updates=sum(run.updates), refresh=False)
             if run.step % config.save_every == 0 or run.step == config.steps:
+                begin = time.perf_counter()
                 run.save()
+                phases["save"] += time.perf_counter() - begin  # shows up in the next line
     finally:
         bar.close()
         for number, handler in handlers.items():
@@ -578,6 +628,132 @@ def train(run, progress=True):
         run.seconds += time.perf_counter() - since
         run.save()
     return stopped[0] if stopped else 0
+
+
+# ------------------------------------------------------------------------------------------------------------
+# How long will it take?
+# ------------------------------------------------------------------------------------------------------------
+
+class Operations(TorchDispatchMode):
+    """Counts the tensor operations within it, backward passes included: on a GPU each is a kernel launch.
+    Views and bare allocations are not counted."""
+
+    FREE = {"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "_unsafe_view"}
+
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+        name = operation.overloadpacket.__name__
+        self.count += operation.namespace == "aten" and not operation.is_view and name not in self.FREE
+        return operation(*args, **(kwargs or {}))
+
+
+def clock(device):
+    """Seconds; on a GPU once all that it was told to do is done."""
+    if device.startswith("cuda"):
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
+
+
+def peak_memory(device, reset=False):
+    """The most memory held since the last reset, in MiB: tensors on a GPU, else the whole process (None where
+    the system does not tell)."""
+    if device.startswith("cuda"):
+        if reset:
+            torch.cuda.reset_peak_memory_stats(device)
+        return torch.cuda.max_memory_allocated(device) // 2 ** 20
+    try:
+        if reset:
+            Path("/proc/self/clear_refs").write_text("5")
+        return int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]) // 1024
+    except OSError:
+        return None
+
+
+def by_phase(level, batch, measure):
+    """Make an update and return by how much measure(), a tuple of numbers, has grown in each of PHASES."""
+    marks, imagine, behaviour_loss = [measure()], level.world_model.imagine, level.behaviour_loss
+
+    def marked_imagine(*arguments):
+        marks.append(measure())
+        value = imagine(*arguments)
+        marks.append(measure())
+        return value
+
+    def marked_loss(*arguments):
+        marks.append(measure())
+        return behaviour_loss(*arguments)
+
+    level.world_model.imagine, level.behaviour_loss = marked_imagine, marked_loss
+    level.update(batch)
+    level.world_model.imagine, level.behaviour_loss = imagine, behaviour_loss
+    return np.diff(marks + [measure()], axis=0)
+
+
+PHASES = ["world model", "imagination", "autoencoder", "actor-critic"]
+
+
+def profile(run, updates=5):
+    """Measure updates of every level on real batches. Prints a table, returns all of it {name: value}.
+
+    The cost of an update in peak-GFLOP is its seconds times the speed of this machine's matrix product in the
+    same minute: a number that means the same on every machine. Medians, after two updates for warming up.
+    """
+    config, device = run.config, run.config.device
+    times = []  # [seconds of acting, of the game]
+    while not all(replay.starts for replay in run.replays) or len(times) < 200:
+        begin = clock(device)
+        action = run.act()
+        middle = clock(device)
+        run.restart() if run.now["is_last"][0] else run.interact(action)
+        times.append([middle - begin, clock(device) - middle])
+    act, env = np.mean(times[len(times) // 2:], 0)
+    a, b = torch.rand(2, 1024, 1024, device=device)
+
+    def matmul_gflops():
+        marks = [clock(device)]
+        for _ in range(5):
+            a @ b
+            marks.append(clock(device))
+        return 2 * 1024 ** 3 / np.median(np.diff(marks)) / 1e9
+
+    levels, hours = [], config.steps * (act + env) / 3600
+    print(f"{'level':>5}  {'phase':<12} {'seconds':>8} {'GFLOP':>7} {'of peak':>7} {'operations':>10}")
+    for i, level in enumerate(run.agent.levels):
+        samples, spent, speeds, peaks = [], [], [], []
+        for repeat in range(2 + updates):
+            begin = clock(device)
+            batch = run.batch(i)
+            samples.append(clock(device) - begin)
+            speeds.append(matmul_gflops())
+            peak_memory(device, reset=True)
+            with autocast(config):
+                spent.append(by_phase(level, batch, lambda: (clock(device),))[:, 0])
+            peaks.append(peak_memory(device))
+        with autocast(config), Operations() as operations, FlopCounterMode(display=False) as flops:
+            work = by_phase(level, batch, lambda: (flops.get_total_flops() / 1e9, operations.count))
+        parts, speed = np.median(spent[2:], 0), float(np.median(speeds[2:]))
+        total, (gflop, count) = float(np.median(np.sum(spent[2:], 1))), work.sum(0)
+        rows = [*zip(PHASES, parts, *work.T), ("all", total, gflop, count)]
+        for name, seconds, part_gflop, part_count in rows:
+            share = part_gflop / max(seconds, 1e-9) / speed
+            print(f"{i:>5}  {name:<12} {seconds:>8.3f} {part_gflop:>7.1f} {share:>7.0%} {part_count:>10.0f}")
+        levels.append({
+            "seconds": total, "gflop": gflop, "matmul_gflops": speed, "cost": total * speed,
+            "dispatched_ops": int(count), "peak_mib": peaks[-1], "sample_ms": 1e3 * float(np.median(samples)),
+            "phases": {row[0]: {"seconds": row[1], "gflop": row[2], "dispatched_ops": row[3]}
+                       for row in rows[:-1]}})
+        print(f"       level {i}: {total * speed:.0f} peak-GFLOP an update (peak {speed:.0f} GFLOP/s), peak memory"
+              f" {peaks[-1]} MiB, sampling {levels[-1]['sample_ms']:.1f} ms")
+        count = max(0, config.steps - config.warmup) / (config.train_every * config.k ** i)
+        hours += count * (total + float(np.median(samples))) / 3600
+    print(f"acting {1e3 * act:.1f} ms and the game {1e3 * env:.1f} ms a step; {config.steps} steps would take about"
+          f" {hours:.1f} hours on this machine, without the final evaluation")
+    return {"preset": config.preset, "device": device, "threads": torch.get_num_threads(),
+            "compile": config.compile, "precision": config.precision, "act_seconds": act, "env_seconds": env,
+            "levels": levels, "projected_hours": hours} | origin()
 
 
 def keep_freed_memory():
@@ -625,14 +801,19 @@ def play(agent, make_env, episodes, seed=0, progress=True):
     return sum(returns, [])
 
 
-def result(config, step, seconds, curve, returns):
-    """What is known of a run, ready for a JSON file: settings other than the preset's, learning curve, final
-    returns, command."""
+def origin():
+    """The command and the commit that a result comes from."""
     try:
         commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=Path(__file__).parent,
                                 capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         commit = "unknown"
+    return {"command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]), "commit": commit}
+
+
+def result(config, step, seconds, curve, returns):
+    """What is known of a run, ready for a JSON file: settings other than the preset's, learning curve, final
+    returns, command."""
     usual = dataclasses.asdict(Config()) | PRESETS[config.preset]
     settings = {name: value for name, value in dataclasses.asdict(config).items() if value != usual[name]
                 and name not in RESUMABLE | {"game", "preset", "seed", "logdir", "levels"}}
@@ -646,8 +827,7 @@ def result(config, step, seconds, curve, returns):
             "human_normalised": None if human is None else (mean - random) / (human - random),
             "protocol": f"{len(returns)} episodes, sampled actions, action repeat {Atari.REPEAT},"
                         f" up to {Atari.NOOPS} no-ops, no sticky actions, at most {Atari.MAX_FRAMES} frames",
-            "returns": returns, "curve": curve, "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
-            "commit": commit}
+            "returns": returns, "curve": curve} | origin()
 
 
 def report(summary):
@@ -661,37 +841,64 @@ def report(summary):
     return line
 
 
+def write_json(value, file):
+    """To a file, or to the standard output where file is "-"."""
+    if str(file) == "-":
+        print(json.dumps(value, indent=1))
+    else:
+        with replacing(Path(file)) as opened:
+            opened.write((json.dumps(value, indent=1) + "\n").encode())
+
+
 def main(argv):
     """The command line. Returns the exit code."""
     keep_freed_memory()
-    given, resume = parse_config(argv)
-    config = make_config(given)
-    path = Path(config.logdir) / "checkpoint.pt"
+    given, resume, profiling = parse_config(argv)
     if resume:
-        checkpoint = load_checkpoint(path, config.device)
-        stored = checkpoint["config"]
-        for name, value in dataclasses.asdict(config).items():
-            if name in given and name not in RESUMABLE | {"logdir", "preset"} and value != stored[name]:
-                raise UsageError(f"--{name} {value} contradicts the run in {config.logdir},"
-                                 f" which has {stored[name]}")
-        changed = (RESUMABLE & given.keys()) | {"logdir", "device"}
-        config = Config(**stored | {name: getattr(config, name) for name in changed})
-    elif Path(config.logdir).is_dir() and any(Path(config.logdir).iterdir()):
-        raise UsageError(f"{config.logdir} already exists:"
-                         " add --resume to continue it, or choose another --logdir")
-    run = Run(config, Atari(config.game))
-    try:
-        run.restore(checkpoint) if resume else run.save()  # from now on there is something to resume
-    except OSError as error:
-        raise UsageError(f"--logdir {config.logdir} cannot be used: {error.strerror}")
-    except (LookupError, TypeError, ValueError, RuntimeError) as error:
-        raise UsageError(f"{path} does not fit this program: {' '.join(str(error).split())[:200]}") from error
+        where = {name: given[name] for name in given.keys() & {"game", "seed", "logdir", "device"}}
+        where = make_config(where)
+        path = Path(where.logdir) / "checkpoint.pt"
+        with trusting(path):
+            checkpoint = load_checkpoint(path, where.device)
+            stored = checkpoint["config"]
+            config = make_config(stored | given | {"logdir": where.logdir, "device": where.device})
+            for name, value in dataclasses.asdict(config).items():
+                if name not in RESUMABLE and value != stored.get(name, value):
+                    raise UsageError(f"--{name} {value} contradicts the run, which has {stored[name]}")
+            run = Run(config, Atari(config.game))
+            run.restore(checkpoint)
+            del checkpoint  # all of it is in the run now
+    else:
+        config = make_config(given)
+        if profiling and "logdir" not in given:
+            config.logdir += "-profile"
+        if Path(config.logdir).is_dir() and any(Path(config.logdir).iterdir()):
+            raise UsageError(f"{config.logdir} already exists:"
+                             " add --resume to continue it, or choose another --logdir")
+        run = Run(config, Atari(config.game))
+        try:
+            run.directory.mkdir(parents=True, exist_ok=True) if profiling else run.save()  # from now on there is something to resume
+        except OSError as error:
+            raise UsageError(f"--logdir {config.logdir} cannot be used: {error.strerror}")
     parameters = sum(p.numel() for name, p in run.agent.named_parameters() if "slow" not in name)
     print(f"Hieros: {config.game}, preset {config.preset}, {config.levels} levels,"
           f" {parameters / 1e6:.1f} M parameters, device {config.device}, writing to {config.logdir}"
           + (f", resumed at step {run.step}" if resume else ""))
+    if profiling:
+        summary = profile(run)
+        write_json(summary, run.directory / "profile.json")
+        return 0
     try:
         number = train(run)
+        if number:
+            print(f"stopped at step {run.step}, saved;"
+                  f" continue with: python train.py --logdir {config.logdir} --resume")
+            return 128 + number
+        with autocast(config):
+            returns = play(run.agent, lambda: Atari(config.game), config.eval_episodes, config.seed)
+        summary = result(config, run.step, run.seconds, run.curve, returns)
+        print(report(summary))
+        write_json(summary, run.directory / "evaluation.json")
     except OSError as error:
         raise UsageError(f"{config.logdir} cannot be written ({error.strerror});"
                          " its last checkpoint is intact: make room, then"
@@ -699,15 +906,6 @@ def main(argv):
     except FloatingPointError as error:
         print(f"train.py: {error}", file=sys.stderr)
         return 1
-    if number:
-        print(f"stopped at step {run.step}, saved;"
-              f" continue with: python train.py --logdir {config.logdir} --resume")
-        return 128 + number
-    with autocast(config):
-        returns = play(run.agent, lambda: Atari(config.game), config.eval_episodes, config.seed)
-    summary = result(config, run.step, run.seconds, run.curve, returns)
-    (run.directory / "evaluation.json").write_text(json.dumps(summary, indent=1) + "\n")
-    print(report(summary))
     return 0
 
 
@@ -717,3 +915,6 @@ if __name__ == "__main__":
     except UsageError as error:
         print(f"train.py: {error}", file=sys.stderr)
         sys.exit(2)
+    except KeyboardInterrupt:  # before training, or in the evaluation: what there was to save is saved
+        print("train.py: interrupted; --resume continues from the last checkpoint", file=sys.stderr)
+        sys.exit(130)
