@@ -657,19 +657,21 @@ def clock(device):
     return time.perf_counter()
 
 
-def peak_memory(device, reset=False):
-    """The most memory held since the last reset, in MiB: tensors on a GPU, else the whole process (None where
-    the system does not tell)."""
+def memory(device, reset=False):
+    """(held now, most held since the last reset) in MiB: by tensors on a GPU, else by the whole process; zeros
+    where the system does not tell. With reset, memory kept for later is given back first."""
     if device.startswith("cuda"):
         if reset:
             torch.cuda.reset_peak_memory_stats(device)
-        return torch.cuda.max_memory_allocated(device) // 2 ** 20
+        return torch.cuda.memory_allocated(device) / 2 ** 20, torch.cuda.max_memory_allocated(device) / 2 ** 20
     try:
         if reset:
+            ctypes.CDLL("libc.so.6").malloc_trim(0)
             Path("/proc/self/clear_refs").write_text("5")
-        return int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]) // 1024
-    except OSError:
-        return None
+        status = Path("/proc/self/status").read_text()
+        return tuple(int(status.split(name)[1].split()[0]) / 1024 for name in ("VmRSS:", "VmHWM:"))
+    except (OSError, AttributeError):
+        return 0, 0
 
 
 def by_phase(level, batch, measure):
@@ -722,17 +724,17 @@ def profile(run, updates=5):
     levels, hours = [], config.steps * (act + env) / 3600
     print(f"{'level':>5}  {'phase':<12} {'seconds':>8} {'GFLOP':>7} {'of peak':>7} {'operations':>10}")
     for i, level in enumerate(run.agent.levels):
-        samples, spent, speeds, peaks = [], [], [], []
+        samples, spent, speeds = [], [], []
+        before, _ = memory(device, reset=True)
         for repeat in range(2 + updates):
             begin = clock(device)
             batch = run.batch(i)
             samples.append(clock(device) - begin)
             speeds.append(matmul_gflops())
-            peak_memory(device, reset=True)
             with autocast(config):
                 spent.append(by_phase(level, batch, lambda: (clock(device),))[:, 0])
-            peaks.append(peak_memory(device))
-        with autocast(config), Operations() as operations, FlopCounterMode(display=False) as flops:
+        peak = memory(device)[1] - before
+        with autocast(config), FlopCounterMode(display=False) as flops, Operations() as operations:
             work = by_phase(level, batch, lambda: (flops.get_total_flops() / 1e9, operations.count))
         parts, speed = np.median(spent[2:], 0), float(np.median(speeds[2:]))
         total, (gflop, count) = float(np.median(np.sum(spent[2:], 1))), work.sum(0)
@@ -742,11 +744,11 @@ def profile(run, updates=5):
             print(f"{i:>5}  {name:<12} {seconds:>8.3f} {part_gflop:>7.1f} {share:>7.0%} {part_count:>10.0f}")
         levels.append({
             "seconds": total, "gflop": gflop, "matmul_gflops": speed, "cost": total * speed,
-            "dispatched_ops": int(count), "peak_mib": peaks[-1], "sample_ms": 1e3 * float(np.median(samples)),
+            "dispatched_ops": int(count), "peak_mib": round(peak), "sample_ms": 1e3 * float(np.median(samples)),
             "phases": {row[0]: {"seconds": row[1], "gflop": row[2], "dispatched_ops": row[3]}
                        for row in rows[:-1]}})
-        print(f"       level {i}: {total * speed:.0f} peak-GFLOP an update (peak {speed:.0f} GFLOP/s), peak memory"
-              f" {peaks[-1]} MiB, sampling {levels[-1]['sample_ms']:.1f} ms")
+        print(f"       level {i}: {total * speed:.0f} peak-GFLOP an update (peak {speed:.0f} GFLOP/s), memory"
+              f" {peak:.0f} MiB, sampling {levels[-1]['sample_ms']:.1f} ms")
         count = max(0, config.steps - config.warmup) / (config.train_every * config.k ** i)
         hours += count * (total + float(np.median(samples))) / 3600
     print(f"acting {1e3 * act:.1f} ms and the game {1e3 * env:.1f} ms a step; {config.steps} steps would take about"

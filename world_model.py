@@ -150,6 +150,22 @@ class ChannelNorm(nn.LayerNorm):
         return super().forward(image.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
 
 
+class Patches(nn.Linear):
+    """(N,C,height,width) -> (N,3,s*height,s*width): every place paints its own s x s pixels.
+
+    nn.PixelShuffle after a 1x1 convolution does the same for half as much time again: colours innermost, as
+    in channels-last memory, whole runs of pixels are moved.
+    """
+
+    def __init__(self, inputs, s):
+        super().__init__(inputs, s * s * 3)
+        self.s = s
+
+    def forward(self, image):
+        pixels = super().forward(image.permute(0, 2, 3, 1)).unflatten(-1, (self.s, self.s, 3))
+        return pixels.transpose(2, 3).flatten(3, 4).flatten(1, 2).permute(0, 3, 1, 2)
+
+
 class ImageEncoder(nn.Sequential):
     """(N,3,64,64) -> (N,features): convolutions, kernel 4, stride 2 down to 4x4; channels depth * 1, 2, 4, 8.
 
@@ -176,7 +192,7 @@ class ImageDecoder(nn.Sequential):
         layers = [nn.Linear(inputs, channels[0] * 16), nn.Unflatten(-1, (channels[0], 4, 4))]
         for inputs, outputs, s in zip(channels, channels[1:], strides):
             if s == 4:
-                layers += [nn.Conv2d(inputs, outputs * s * s, 1), nn.PixelShuffle(s)]
+                layers += [Patches(inputs, s)]
             else:
                 layers += [nn.ConvTranspose2d(inputs, outputs, 2 * s, s, s // 2, bias=outputs == 3)]
             layers += [] if outputs == 3 else [ChannelNorm(outputs), nn.SiLU()]
@@ -327,7 +343,7 @@ class WorldModel(nn.Module):
         reconstruction = self.decode(z, h)
         losses = {
             "image" if observation.ndim == 5 else "vector":
-                (reconstruction - observation).square().flatten(2).sum(-1),
+                (reconstruction - observation).square().sum(tuple(range(2, observation.ndim))),
             "rew": self.twohot.loss(reward_logits, reward),
             "con": F.binary_cross_entropy_with_logits(cont_logit, (~is_terminal).float(), reduction="none"),
         }
