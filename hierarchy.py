@@ -264,8 +264,8 @@ class Level(nn.Module):
     def behaviour_loss(self, feature, actions, reward, discount, alive):
         """REINFORCE and the critics' loss on imagined rollouts.
 
-        feature (horizon+1,N,F), actions (horizon,N,A), reward (horizon,N,R), discount (horizon,N), alive (N,).
-        Returns (the sum of both, metrics).
+        feature (horizon+1,N,F), actions (horizon,N,A), reward (horizon,N,R), discount (horizon,N), alive
+        (N,). Returns (the sum of both, metrics).
         """
         twohot = self.critics.twohot
         logits = self.critics(feature)  # (horizon+1, N, R, bins): evaluated once, with gradients

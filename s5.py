@@ -280,39 +280,60 @@ class S5Stack(nn.Module):
 
 
 if __name__ == "__main__":  # a demonstration: parallel = recurrent, and what length costs
+    import sys
     import time
 
-    def milliseconds(work, repeats=5):
-        work()
-        start = time.perf_counter()
-        for _ in range(repeats):
+    def milliseconds(work, repeats=3):
+        """The median time of work(), after a first call that does not count."""
+        times = []
+        for _ in range(1 + repeats):
+            start = time.perf_counter()
             work()
-        return 1e3 * (time.perf_counter() - start) / repeats
+            times.append(1e3 * (time.perf_counter() - start))
+        return sorted(times[1:])[repeats // 2]
 
     torch.manual_seed(0)
-    stack, u = S5Stack(128, 64, 2), torch.randn(4, 64, 128)
-    state, reset = torch.zeros(4, *stack.state_shape, dtype=torch.cfloat), torch.rand(4, 64) < 0.05
+    H, stack, gru = 128, S5Stack(128, 64, 2), nn.GRU(128, 128, 2, batch_first=True)
+    attention = nn.ModuleList(nn.ModuleList([nn.Linear(H, 3 * H), nn.Linear(H, H)]) for _ in range(2))
+    u, state = torch.randn(4, 64, H), torch.zeros(4, *stack.state_shape, dtype=torch.cfloat)
+    reset = torch.rand(4, 64) < 0.05
     y, _ = stack(u, state, reset)
     for t in range(64):
-        state = state * ~reset[:, t, None, None]
-        y_t, state = stack.step(u[:, t], state)
+        y_t, state = stack.step(u[:, t], state * ~reset[:, t, None, None])
         assert torch.allclose(y_t, y[:, t], atol=1e-4)
     print(f"parallel = recurrent over 64 steps with {int(reset.sum())} resets (last difference "
-          f"{(y_t - y[:, -1]).abs().max():.1e})")
-    print("\nforward + backward, one sequence, 128 features, milliseconds:")
-    print(f"{'T':>6} {'S5, 2 layers':>14} {'GRU, 2 layers':>14} {'attention, 2 layers':>20}")
-    gru = nn.GRU(128, 128, 2, batch_first=True)
-    attention = nn.ModuleList(nn.MultiheadAttention(128, 4, batch_first=True) for _ in range(2))
+          f"{(y_t - y[:, -1]).abs().max():.1e})\n")
 
-    def attend(u):
-        mask = nn.Transformer.generate_square_subsequent_mask(u.shape[1])
-        for layer in attention:
-            u = u + layer(u, u, u, attn_mask=mask, need_weights=False)[0]
+    def attend(u, cache=None):  # causal; with a cache of keys and values, u is one new step
+        for project, out in attention:
+            q, k, v = project(u).unflatten(-1, (3, 4, -1)).permute(2, 0, 3, 1, 4)  # (B, heads, T, H/4) each
+            y = F.scaled_dot_product_attention(q, *(cache or (k, v)), is_causal=cache is None)
+            u = u + out(y.transpose(1, 2).flatten(2))
         return u
 
-    for T in (64, 256, 1024, 4096):
-        u, state = torch.randn(1, T, 128), torch.zeros(1, *stack.state_shape, dtype=torch.cfloat)
-        reset = torch.zeros(1, T, dtype=torch.bool)
-        row = [milliseconds(lambda: model().sum().backward(), 2) for model in
-               (lambda: stack(u, state, reset)[0], lambda: gru(u)[0], lambda: attend(u))]
-        print(f"{T:>6} {row[0]:>14.1f} {row[1]:>14.1f} {row[2]:>20.1f}")
+    names = ["S5", "GRU", "attention"]
+    print("two layers of 128 features, milliseconds: train on one sequence of T steps; one step after T\n"
+          f"{'T':>7}" + "".join(f"{name + ' train':>16}" for name in names)
+          + "".join(f"{name + ' step':>16}" for name in names))
+    rows, discretised = [], stack.discretise()
+    for T in [16 * 4 ** i for i in range(6 if len(sys.argv) > 1 else 4)]:  # the last two take minutes
+        u, one, x = torch.randn(1, T, H), torch.randn(1, 1, H), 0 * state[:1].detach()
+        no_reset = torch.zeros(1, T, dtype=torch.bool)
+        train = [lambda: stack(u, x, no_reset)[0], lambda: gru(u)[0], lambda: attend(u)]
+        cache = torch.randn(2, 1, 4, T, H // 4).unbind()
+        step = [lambda: stack.step(one[:, 0], x, discretised), lambda: gru(one), lambda: attend(one, cache)]
+        row = [milliseconds(lambda: f().sum().backward()) for f in train]
+        with torch.no_grad():
+            row += [milliseconds(f, 21) for f in step]
+        rows.append([T, *row])
+        print(f"{T:>7}" + "".join(f"{number:>16.2f}" for number in row))
+    if len(sys.argv) > 1:  # python s5.py PICTURE.png, with matplotlib
+        from matplotlib.figure import Figure
+        figure = Figure((9, 3.5), layout="constrained")
+        titles = "training on T steps", "one step after T"
+        for axis, title, first in zip(figure.subplots(1, 2), titles, (1, 4)):
+            for j, name in enumerate(names):
+                axis.loglog([row[0] for row in rows], [row[first + j] for row in rows], "o-", label=name)
+            axis.set(title=title, xlabel="T", ylabel="milliseconds")
+            axis.legend()
+        figure.savefig(sys.argv[1], dpi=120)

@@ -879,6 +879,45 @@ def test_a_run_survives_odd_episodes(lengths, tmp_path):
     assert run.replays[0].total > 6 * run.replays[0].capacity and len(ends) == len(run.curve)
 
 
+def test_profile_counts_what_an_update_does(tmp_path, capsys):
+    """--profile trains each level a few times, says what an update costs, and leaves nothing but its file; two
+    matrix products of one kilobyte each are two operations, a view is none."""
+    with train.Operations() as operations:
+        x = torch.ones(16, 16)
+        (x.T @ x) @ x[:, :4]
+    assert operations.count == 3  # and the ones
+    flags = "--preset debug --device cpu --levels 2 --profile --logdir".split()
+    assert train.main([*flags, str(tmp_path / "run")]) == 0
+    assert [path.name for path in (tmp_path / "run").iterdir()] == ["profile.json"]
+    found = json.loads((tmp_path / "run" / "profile.json").read_text())
+    for i, level in enumerate(found["levels"]):
+        assert level["cost"] == pytest.approx(level["seconds"] * level["matmul_gflops"])
+        for name in ("seconds", "gflop", "dispatched_ops"):
+            assert sum(phase[name] for phase in level["phases"].values()) == pytest.approx(level[name], rel=0.5)
+        assert f"level {i}: " in capsys.readouterr().out or i
+    assert found["levels"][0]["gflop"] > found["levels"][1]["gflop"]  # it has the images
+    hours = 1200 * (found["act_seconds"] + found["env_seconds"]) / 3600
+    for i, level in enumerate(found["levels"]):
+        hours += 900 / (10 * 4 ** i) * (level["seconds"] + level["sample_seconds"]) / 3600
+    assert found["projected_hours"] == pytest.approx(hours)
+
+
+def test_compiled_code_computes_the_same(tmp_path):
+    """With --compile an update has the losses of one without, up to rounding."""
+    if not shutil.which(os.environ.get("CXX", "g++")):
+        pytest.skip("torch.compile needs a C++ compiler")
+    found = []
+    for compile in (False, True):
+        config = catch_config(tmp_path, levels=1, starts=32, compile=compile)
+        run = train.Run(config, Catch())
+        batch = batch_of(run.agent, 0, B=4, T=8)
+        torch.manual_seed(0)
+        with torch._inductor.config.patch(fallback_random=True):  # the same random numbers in both
+            found.append(run.agent.levels[0].update(batch))
+    for name, value in found[0].items():
+        assert torch.allclose(value, found[1][name], rtol=1e-3, atol=1e-4), name
+
+
 def test_a_non_finite_loss_stops_the_run(tmp_path):
     """NaN is never trained on silently: the run ends, names the level and losses, writes no checkpoint."""
     run = train.Run(catch_config(tmp_path), Catch())

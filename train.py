@@ -143,7 +143,7 @@ says what; 130 or 143 stopped by Ctrl+C or SIGTERM, and saved
 
 
 def parse_config(argv):
-    """(explicitly given {name: value}, resume, profile) from a command line. UsageError; only --help exits."""
+    """({explicitly given name: value}, resume, profile) of a command line. UsageError; only --help exits."""
     parser = Parser(description="Train Hieros on an Atari game, then play it for a score.", epilog=EXAMPLES,
                     usage="train.py [--game str] [--seed int] [any setting below] [--resume]",
                     formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
@@ -658,12 +658,13 @@ def clock(device):
 
 
 def memory(device, reset=False):
-    """(held now, most held since the last reset) in MiB: by tensors on a GPU, else by the whole process; zeros
-    where the system does not tell. With reset, memory kept for later is given back first."""
+    """(held now, most held since the last reset) in MiB: by tensors on a GPU, else by the whole process;
+    zeros where the system does not tell. With reset, memory kept for later is given back first."""
     if device.startswith("cuda"):
         if reset:
             torch.cuda.reset_peak_memory_stats(device)
-        return torch.cuda.memory_allocated(device) / 2 ** 20, torch.cuda.max_memory_allocated(device) / 2 ** 20
+        held = torch.cuda.memory_allocated(device), torch.cuda.max_memory_allocated(device)
+        return tuple(number / 2 ** 20 for number in held)
     try:
         if reset:
             ctypes.CDLL("libc.so.6").malloc_trim(0)
@@ -744,15 +745,16 @@ def profile(run, updates=5):
             print(f"{i:>5}  {name:<12} {seconds:>8.3f} {part_gflop:>7.1f} {share:>7.0%} {part_count:>10.0f}")
         levels.append({
             "seconds": total, "gflop": gflop, "matmul_gflops": speed, "cost": total * speed,
-            "dispatched_ops": int(count), "peak_mib": round(peak), "sample_ms": 1e3 * float(np.median(samples)),
-            "phases": {row[0]: {"seconds": row[1], "gflop": row[2], "dispatched_ops": row[3]}
-                       for row in rows[:-1]}})
+            "dispatched_ops": int(count), "peak_mib": round(peak),
+            "sample_seconds": float(np.median(samples)),
+            "phases": {name: {"seconds": seconds, "gflop": part_gflop, "dispatched_ops": int(part_count)}
+                       for name, seconds, part_gflop, part_count in rows[:-1]}})
         print(f"       level {i}: {total * speed:.0f} peak-GFLOP an update (peak {speed:.0f} GFLOP/s), memory"
-              f" {peak:.0f} MiB, sampling {levels[-1]['sample_ms']:.1f} ms")
+              f" {peak:.0f} MiB, sampling {1e3 * np.median(samples):.1f} ms")
         count = max(0, config.steps - config.warmup) / (config.train_every * config.k ** i)
         hours += count * (total + float(np.median(samples))) / 3600
-    print(f"acting {1e3 * act:.1f} ms and the game {1e3 * env:.1f} ms a step; {config.steps} steps would take about"
-          f" {hours:.1f} hours on this machine, without the final evaluation")
+    print(f"acting {1e3 * act:.1f} ms and the game {1e3 * env:.1f} ms a step; {config.steps} steps would take"
+          f" about {hours:.1f} hours on this machine, without the final evaluation")
     return {"preset": config.preset, "device": device, "threads": torch.get_num_threads(),
             "compile": config.compile, "precision": config.precision, "act_seconds": act, "env_seconds": env,
             "levels": levels, "projected_hours": hours} | origin()
@@ -879,7 +881,8 @@ def main(argv):
                              " add --resume to continue it, or choose another --logdir")
         run = Run(config, Atari(config.game))
         try:
-            run.directory.mkdir(parents=True, exist_ok=True) if profiling else run.save()  # from now on there is something to resume
+            # From now on there is something to resume.
+            run.directory.mkdir(parents=True, exist_ok=True) if profiling else run.save()
         except OSError as error:
             raise UsageError(f"--logdir {config.logdir} cannot be used: {error.strerror}")
     parameters = sum(p.numel() for name, p in run.agent.named_parameters() if "slow" not in name)
