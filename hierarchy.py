@@ -141,12 +141,19 @@ class Critics(nn.Module):
 
 
 class Optimiser:
-    """Adam with clipped gradient norm. No weight decay (the published AdamW has it)."""
+    """Adam with clipped gradient norm. No weight decay (the published AdamW has it).
+
+    lr: one learning rate, or {beginning of a parameter's name: its learning rate}, the first that fits.
+    """
 
     def __init__(self, module, lr, eps, clip):
+        groups = {begin: {"params": [], "lr": rate} for begin, rate in (
+            lr if isinstance(lr, dict) else {"": lr}).items()}
+        for name, parameter in module.named_parameters():
+            groups[next(begin for begin in groups if name.startswith(begin))]["params"].append(parameter)
         self.parameters, self.clip = list(module.parameters()), clip
         fused = self.parameters[0].device.type != "meta"  # one kernel for all parameters
-        self.adam = torch.optim.Adam(self.parameters, lr, eps=eps, fused=fused, foreach=not fused)
+        self.adam = torch.optim.Adam(groups.values(), eps=eps, fused=fused, foreach=not fused)
 
     def step(self):
         """Apply the gradients and drop them. Returns their norm before it was clipped."""
@@ -181,7 +188,7 @@ class Level(nn.Module):
 
     def __init__(self, observation_shape, action_shape, subgoal_shape, code_shape, rewards, model, horizon=16,
                  starts=1024, gamma=0.997, lam=0.95, entropy_scale=3e-4, slow=0.02, model_lr=1e-4,
-                 actor_lr=3e-5, critic_lr=3e-5, autoencoder_lr=1e-4):
+                 encoder_lr=1e-4, actor_lr=3e-5, critic_lr=3e-5, autoencoder_lr=1e-4):
         super().__init__()
         self.action_shape, self.subgoal_shape, self.rewards = action_shape, subgoal_shape, rewards
         self.horizon, self.starts, self.gamma, self.lam = horizon, starts, gamma, lam
@@ -195,7 +202,8 @@ class Level(nn.Module):
         self.autoencoder = SubgoalAutoencoder(self.world_model.hidden, code_shape, units, mlp_layers)
         self.normaliser = ReturnNormaliser([self.FLOORS[name] for name in rewards])
         self.register_buffer("weights", torch.tensor(list(rewards.values())), persistent=False)
-        self.optimisers = {"model": Optimiser(self.world_model, model_lr, 1e-8, 1000),
+        model_lrs = {"encoder": encoder_lr, "": model_lr}
+        self.optimisers = {"model": Optimiser(self.world_model, model_lrs, 1e-8, 1000),
                            "actor": Optimiser(self.actor, actor_lr, 1e-5, 100),
                            "critic": Optimiser(self.critics, critic_lr, 1e-5, 100),
                            "autoencoder": Optimiser(self.autoencoder, autoencoder_lr, 1e-6, 100)}

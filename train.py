@@ -76,6 +76,8 @@ class Config:
     first_stride: int = setting(2, "stride of the first convolution: 2, or 4 to save its cost",
                                 choices=[2, 4])
 
+    sharpness: float = setting(1.0, "factor of the initial posterior's logits", 0)
+
     horizon: int = setting(16, "imagined steps", 2)
     starts: int = setting(1024, "imagined rollouts an update, at most batch_size * batch_length", 1)
     gamma: float = setting(0.997, "discount of a tick", 0, 1)
@@ -88,6 +90,7 @@ class Config:
     subgoal_categoricals: int = setting(8, "categoricals of a subgoal code", 1)
     subgoal_classes: int = setting(8, "classes of each of them", 2, 255)
 
+    encoder_lr: float = setting(1e-4, "learning rate of the encoders, which belong to the world models", 0)
     model_lr: float = setting(1e-4, "learning rate of the world models", 0)
     actor_lr: float = setting(3e-5, "learning rate of the actors", 0)
     critic_lr: float = setting(3e-5, "learning rate of the critics", 0)
@@ -104,8 +107,8 @@ PRESETS = {
     "paper": {},
     "cpu": dict(steps=20_000, replay_size=20_000, train_every=2, warmup=500, batch_size=8, batch_length=32,
                 stoch=16, classes=16, hidden=128, state_size=64, s5_layers=2, units=128, mlp_layers=2,
-                depth=24, first_stride=4, horizon=10, starts=128, model_lr=1e-3, actor_lr=3e-4,
-                critic_lr=3e-4, autoencoder_lr=1e-3, entropy_scale=3e-3, eval_episodes=20),
+                depth=24, first_stride=4, sharpness=10.0, horizon=10, starts=128, model_lr=1e-3,
+                actor_lr=3e-4, critic_lr=3e-4, autoencoder_lr=1e-3, entropy_scale=3e-3, eval_episodes=20),
     "debug": dict(steps=1200, replay_size=2000, train_every=10, warmup=300, batch_size=4, batch_length=16,
                   stoch=8, classes=8, hidden=64, state_size=32, s5_layers=2, units=64, mlp_layers=1, depth=8,
                   first_stride=4, horizon=5, starts=32, log_every=100, save_every=400, eval_episodes=2),
@@ -332,10 +335,10 @@ def make_agent(config, env):
     """The agent of a Config for an environment's spaces, on the Config's device."""
     model = {key: getattr(config, key) for key in (
         "stoch", "classes", "hidden", "state_size", "s5_layers", "units", "mlp_layers", "depth",
-        "first_stride")}
+        "first_stride", "sharpness")}
     behaviour = {key: getattr(config, key) for key in (
-        "horizon", "starts", "gamma", "lam", "entropy_scale", "slow", "model_lr", "actor_lr", "critic_lr",
-        "autoencoder_lr")}
+        "horizon", "starts", "gamma", "lam", "entropy_scale", "slow", "encoder_lr", "model_lr", "actor_lr",
+        "critic_lr", "autoencoder_lr")}
     weights = {name: getattr(config, name + "_weight") for name in ("extrinsic", "subgoal", "novelty")}
     with torch.device(config.device):
         agent = Hieros(env.observation_space.shape, int(env.action_space.n), config.levels, config.k,

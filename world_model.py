@@ -229,11 +229,12 @@ class WorldModel(nn.Module):
 
     stoch, classes: number of categoricals in z and their classes. hidden: H, the size of h and the features
     of the S5 layers. state_size, s5_layers: P and the number of S5 layers. units, mlp_layers: the MLPs.
-    depth, first_stride: the CNN, where the observation is an image.
+    depth, first_stride: the CNN, where the observation is an image. sharpness: of the initial posterior, a
+    factor of its logits.
     """
 
     def __init__(self, observation_shape, action_size, stoch=32, classes=32, hidden=256, state_size=128,
-                 s5_layers=8, units=256, mlp_layers=2, depth=24, first_stride=2):
+                 s5_layers=8, units=256, mlp_layers=2, depth=24, first_stride=2, sharpness=1.0):
         super().__init__()
         self.observation_shape, self.action_size = tuple(observation_shape), action_size
         self.z_shape, self.hidden = (stoch, classes), hidden
@@ -249,6 +250,12 @@ class WorldModel(nn.Module):
             size, = self.observation_shape
             self.encoder = MLP(size, stoch * classes, units, mlp_layers)
             self.decoder = MLP(inputs, size, units, mlp_layers, zero_init=True)
+        # At its usual scale the first posterior is almost uniform: z is noise, the decoder first learns to
+        # ignore it, and the encoder to make it constant. Sharper, z is a random hash of the observation, which
+        # says something from the beginning; and an encoder that learns more slowly than the decoder
+        # (encoder_lr) leaves it so until the decoder has found out what.
+        hashing = [layer for layer in self.encoder.modules() if isinstance(layer, nn.Linear)][-1]
+        hashing.weight.data *= sharpness
         self.register_buffer("mean", torch.zeros(self.observation_shape))  # of all observations trained on
         self.register_buffer("batches", torch.zeros(()))
         self.inputs = nn.Linear(stoch * classes + action_size, hidden)
