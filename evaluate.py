@@ -576,8 +576,6 @@ def writable(path, suffix):
         raise UsageError(f"{path} cannot be written: there is no directory {Path(path).parent}")
     if Path(path).is_dir():
         raise UsageError(f"{path} cannot be written: it is a directory")
-    if suffix != ".json":
-        libraries()
     return path
 
 
@@ -612,6 +610,7 @@ def parse(argv):
     args = parser.parse_intermixed_args(argv)
 
     films = [name for name in ("video", "dream", "open_loop", "strip", "s5") if getattr(args, name)]
+    args.films = bool(films)
     one = films + ["episodes"] * (args.episodes is not None)
     args.many = [name for name in ("table", "bars", "curves") if getattr(args, name)]
     args.score = "episodes" in one or not (films or args.many or args.etbs) or (args.json and not args.many)
@@ -635,6 +634,8 @@ def one_run(args):
     directory, = args.paths
     config, agent, history = load_run(directory, args.device)
     game, seed = config.game, args.seed
+    if args.films:
+        libraries()  # better missed now than after a hundred episodes
     torch.manual_seed(seed)
     with torch.inference_mode(), autocast(config):
         if args.score:

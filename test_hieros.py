@@ -787,8 +787,8 @@ def catch_config(directory, **settings):
         game="catch", preset="debug", device="cpu", logdir=str(directory), levels=2, steps=400, warmup=100,
         train_every=2, batch_size=8, batch_length=32, replay_size=10_000, stoch=8, classes=8, hidden=64,
         state_size=32, s5_layers=2, units=64, horizon=12, starts=256, encoder_lr=1e-3, model_lr=1e-3,
-        actor_lr=1e-3, critic_lr=1e-3, autoencoder_lr=1e-3, entropy_scale=1e-2, subgoal_weight=0.1, log_every=100,
-        save_every=200, eval_episodes=2) | settings)
+        actor_lr=1e-3, critic_lr=1e-3, autoencoder_lr=1e-3, entropy_scale=1e-2, subgoal_weight=0.1,
+        log_every=100, save_every=200, eval_episodes=2) | settings)
 
 
 def metrics_of(directory):

@@ -251,8 +251,8 @@ class WorldModel(nn.Module):
             self.encoder = MLP(size, stoch * classes, units, mlp_layers)
             self.decoder = MLP(inputs, size, units, mlp_layers, zero_init=True)
         # At its usual scale the first posterior is almost uniform: z is noise, the decoder first learns to
-        # ignore it, and the encoder to make it constant. Sharper, z is a random hash of the observation, which
-        # says something from the beginning; and an encoder that learns more slowly than the decoder
+        # ignore it, and the encoder to make it constant. Sharper, z is a random hash of the observation: it
+        # says something from the beginning, and an encoder that learns more slowly than the decoder
         # (encoder_lr) leaves it so until the decoder has found out what.
         hashing = [layer for layer in self.encoder.modules() if isinstance(layer, nn.Linear)][-1]
         hashing.weight.data *= sharpness
