@@ -361,7 +361,7 @@ def load_results(paths):
             returns = np.array(run["returns"], float)
             if returns.ndim != 1 or not returns.size or not np.isfinite(returns).all():
                 raise ValueError("returns are not finite numbers")
-            run["path"], run["mean"] = path, float(np.mean(run["returns"]))
+            run["path"], run["mean"] = path, float(returns.mean())
             run["curve"] = np.array(run["curve"], float).reshape(-1, 2)  # (episodes, [step, return])
         except OSError as error:
             raise UsageError(f"{path} cannot be read: {error.strerror}")
@@ -518,8 +518,8 @@ def s5_picture(config, agent, path, lags=128):
         Lambda_bar, B_bar = (each.cpu() for each in stack.discretise())
         circle.plot(Lambda_bar.real.ravel(), Lambda_bar.imag.abs().ravel(), marker, label=name)  # upper half
         powers = Lambda_bar[0] ** torch.arange(lags)[:, None]
-        kernel = real_view(powers * complex_view(B_bar[0])[:, None]) @ stack.blocks[0].s5.C.cpu()
-        # (input, lag, output)
+        C = stack.blocks[0].s5.C.cpu()
+        kernel = real_view(powers * complex_view(B_bar[0])[:, None]) @ C  # (input, lag, output)
         for i in range(3):
             some.plot(kernel[0, :, i], f"C{i}{line}", linewidth=1)
         every.plot(kernel.square().mean((0, 2)).sqrt(), marker[:2] + line, label=name)
@@ -588,8 +588,8 @@ def parse(argv):
                 for suffix in (".gif", ".png"))
     parser.add_argument("paths", nargs="*", metavar="RUN|RESULT.json",
                         help="the directory of a run, or the result files of many runs")
-    json_file = lambda path: path if path == "-" else writable(path, ".json")
-    parser.add_argument("--json", type=json_file, metavar="FILE", help="where the score (default:"
+    parser.add_argument("--json", type=lambda path: path if path == "-" else writable(path, ".json"),
+                        metavar="FILE", help="where the score (default:"
                         " RUN/evaluation.json) or the table goes as JSON; - prints it and nothing else")
     add = parser.add_argument_group("one run", "Without films and pictures: its score over 100 episodes; with"
                                     "\nthem only if --episodes or --json asks for it.").add_argument

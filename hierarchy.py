@@ -143,17 +143,14 @@ class Critics(nn.Module):
 class Optimiser:
     """Adam with clipped gradient norm. No weight decay (the published AdamW has it).
 
-    lr: one learning rate, or {beginning of a parameter's name: its learning rate}, the first that fits.
+    groups: (parameters, their learning rate), one or more.
     """
 
-    def __init__(self, module, lr, eps, clip):
-        groups = {begin: {"params": [], "lr": rate} for begin, rate in (
-            lr if isinstance(lr, dict) else {"": lr}).items()}
-        for name, parameter in module.named_parameters():
-            groups[next(begin for begin in groups if name.startswith(begin))]["params"].append(parameter)
-        self.parameters, self.clip = list(module.parameters()), clip
+    def __init__(self, eps, clip, *groups):
+        groups = [{"params": list(parameters), "lr": lr} for parameters, lr in groups]
+        self.parameters, self.clip = [p for group in groups for p in group["params"]], clip
         fused = self.parameters[0].device.type != "meta"  # one kernel for all parameters
-        self.adam = torch.optim.Adam(groups.values(), eps=eps, fused=fused, foreach=not fused)
+        self.adam = torch.optim.Adam(groups, eps=eps, fused=fused, foreach=not fused)
 
     def step(self):
         """Apply the gradients and drop them. Returns their norm before it was clipped."""
@@ -202,11 +199,13 @@ class Level(nn.Module):
         self.autoencoder = SubgoalAutoencoder(self.world_model.hidden, code_shape, units, mlp_layers)
         self.normaliser = ReturnNormaliser([self.FLOORS[name] for name in rewards])
         self.register_buffer("weights", torch.tensor(list(rewards.values())), persistent=False)
-        model_lrs = {"encoder": encoder_lr, "": model_lr}
-        self.optimisers = {"model": Optimiser(self.world_model, model_lrs, 1e-8, 1000),
-                           "actor": Optimiser(self.actor, actor_lr, 1e-5, 100),
-                           "critic": Optimiser(self.critics, critic_lr, 1e-5, 100),
-                           "autoencoder": Optimiser(self.autoencoder, autoencoder_lr, 1e-6, 100)}
+        encoder, others = self.world_model.encoder.parameters(), [
+            p for name, p in self.world_model.named_parameters() if not name.startswith("encoder.")]
+        self.optimisers = {
+            "model": Optimiser(1e-8, 1000, (encoder, encoder_lr), (others, model_lr)),
+            "actor": Optimiser(1e-5, 100, (self.actor.parameters(), actor_lr)),
+            "critic": Optimiser(1e-5, 100, (self.critics.parameters(), critic_lr)),
+            "autoencoder": Optimiser(1e-6, 100, (self.autoencoder.parameters(), autoencoder_lr))}
 
     def policy(self, state, subgoal):
         """Draw an action (N, n*classes) for N States and subgoal codes (N, 8*8)."""
@@ -297,10 +296,9 @@ class Level(nn.Module):
 
         metrics = {"loss/policy": actor_loss.detach(), "ent/action": policy_entropy.detach().mean(),
                    "adv_std": advantage.std()}
-        for kind, values in {"rew": reward.mean((0, 1)), "ret": returns.mean((0, 1)), "ret_scale": scale,
-                             "val": value.mean((0, 1)), "loss/value": critic_loss.detach()}.items():
-            joint = "_" if kind == "loss/value" else "/"
-            metrics |= {kind + joint + name: values[i] for i, name in enumerate(self.rewards)}
+        for kind, values in {"rew/": reward.mean((0, 1)), "ret/": returns.mean((0, 1)), "ret_scale/": scale,
+                             "val/": value.mean((0, 1)), "loss/value_": critic_loss.detach()}.items():
+            metrics |= {kind + name: values[i] for i, name in enumerate(self.rewards)}
         return actor_loss + critic_loss.sum(), metrics
 
 

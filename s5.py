@@ -15,6 +15,8 @@ Symbols (the same in every file):
     Lambda, Delta    (P/2,) complex eigenvalues of the continuous system, (P/2,) step size
     B_tilde, C_tilde (P/2,H), (H,P/2) complex input and output matrices;  D (H,) skip connection
     *_bar            the same after discretisation
+    a, b             (B,T,...) of a bare recurrence x_t = a_t x_{t-1} + b_t; in the other files a is an action
+    m                (B,T,H) output of a stack of layers
 """
 
 import contextlib
@@ -38,28 +40,27 @@ def scan_sequential(a, b, initial):
     return torch.stack(states, 1)
 
 
-def products(a):
-    """Of the factors a (B,T,...): [(B,T-n,...) for n = 1, 2, 4, ... < T], the products of n neighbours, where
-    entry i is a_{i+1} ... a_{i+n}: what carries the state over n steps, from i to i + n."""
-    result, n = [], 1
-    while n < a.shape[1]:
-        # Two strides of n/2 make one of n.
-        result.append(result[-1][:, n // 2:] * result[-1][:, :-(n // 2)] if result else a[:, 1:])
+def stride_products(a):
+    """What carries the state over 1, 2, 4, ... < T steps, of the factors a (B,T,...): a list of (B,T-n,...),
+    one for each stride n, whose entry i is a_{i+1} ... a_{i+n}, the way from i to i + n."""
+    products, n = [a[:, 1:]], 1
+    while 2 * n < a.shape[1]:
+        products.append(products[-1][:, n:] * products[-1][:, :-n])  # two strides of n make one of 2n
         n *= 2
-    return result
+    return products
 
 
-def _prefix(strides, x, reverse=False):
-    """The same from b = x (B,T,...), in place, in ceil(log2(T)) rounds. Two neighbouring steps compose into
-    one step of the same form,
+def _prefix(products, x, reverse=False):
+    """What `scan_sequential` computes from a state of zeros, in ceil(log2(T)) rounds and in place: x
+    (B,T,...) holds the inputs b_t and becomes the states. Two neighbouring steps compose into one,
 
         (a_2, b_2) o (a_1, b_1) = (a_2 a_1,  a_2 b_1 + b_2)        (S5, Section 2.2)
 
-    so after the round with offset n, entry t holds the composition of the 2n steps that end at t. Any T
-    works: an entry with fewer than 2n steps before it is already complete and is left alone. strides: what
-    `products` returned. With reverse, time runs backwards: x_t = a_{t+1} x_{t+1} + b_t.
+    so after the round of stride n, entry t holds the composition of the 2n steps that end at t. Any T works:
+    an entry with fewer than 2n steps before it is already complete and is left alone. products: what
+    `stride_products` returned. With reverse, time runs backwards: x_t = a_{t+1} x_{t+1} + b_t.
     """
-    for a in strides:
+    for a in products:
         n = x.shape[1] - a.shape[1]
         earlier, later = (x[:, n:], x[:, :-n]) if reverse else (x[:, :-n], x[:, n:])
         later.add_(a * earlier)  # the product is complete before anything is overwritten
@@ -75,33 +76,33 @@ class _Scan(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, a, b, initial, *strides):
+    def forward(ctx, a, b, initial, *products):
         x = b.clone()
         x[:, 0].addcmul_(a[:, 0], initial)  # the state before the sequence is part of the first input
-        _prefix(strides, x)
-        ctx.save_for_backward(a, x, initial, *strides)
+        _prefix(products, x)
+        ctx.save_for_backward(a, x, initial, *products)
         return x
 
     @staticmethod
     def backward(ctx, grad):
-        a, x, initial, *strides = ctx.saved_tensors
-        conj_dx = _prefix(strides, torch.conj_physical(grad), reverse=True)
+        a, x, initial, *products = ctx.saved_tensors
+        conj_dx = _prefix(products, torch.conj_physical(grad), reverse=True)
         da = torch.conj_physical(conj_dx * torch.cat([initial[:, None], x[:, :-1]], 1))
         dx = torch.conj_physical(conj_dx)
         d_initial = dx[:, 0] * a[:, 0].conj() if ctx.needs_input_grad[2] else None
-        return da, dx, d_initial, *[None] * len(strides)
+        return da, dx, d_initial, *[None] * len(products)
 
 
-def scan(a, b, initial, strides=None):
+def scan(a, b, initial, products=None):
     """All states of x_t = a_t x_{t-1} + b_t with x_{-1} = initial, in parallel over time.
 
-    a, b: (B,T,...) of one shape and dtype, real or complex, initial: (B,...), else ValueError. strides: what
-    `products(a)` returned, if at hand. Returns x of the shape of b.
+    a, b: (B,T,...) of one shape and dtype, real or complex, initial: (B,...), else ValueError. products:
+    what `stride_products(a)` returned, if at hand. Returns x of the shape of b.
     """
     if a.shape != b.shape or initial.shape != b[:, 0].shape:
         raise ValueError(f"scan needs a and b of one shape and a state of theirs without time, got"
                          f" {tuple(a.shape)}, {tuple(b.shape)} and {tuple(initial.shape)}")
-    return _Scan.apply(a, b, initial, *(products(a.detach()) if strides is None else strides))
+    return _Scan.apply(a, b, initial, *(products or stride_products(a.detach())))
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -113,8 +114,8 @@ def hippo_n(size):
 
     HiPPO-LegS is the matrix that makes a state remember its whole input history as Legendre coefficients. Its
     normal part is -1/2 I + S with S skew-symmetric, S_nk = -1/2 sqrt((2n+1)(2k+1)) sign(n-k), so its
-    eigenvalues are -1/2 + i w in conjugate pairs (S5, Appendix B). One of each pair is
-    enough: the other's contribution to a real output is its complex conjugate.
+    eigenvalues are -1/2 + i w in conjugate pairs (S5, Appendix B). One of each pair is enough: the other's
+    contribution to a real output is its complex conjugate.
     """
     n = torch.arange(size, dtype=torch.float64)
     root = torch.sqrt(2 * n + 1)
@@ -191,10 +192,10 @@ class S5Layer(nn.Module):
 
     # Both modes get what does not depend on the input from S5Stack, which computes it for all layers at once.
 
-    def forward(self, u, state, a, B_bar, strides=None):
-        """A whole sequence in parallel: u (B,T,H), the state before it (B,P/2), the factors a (B,T,P/2) and
-        their products if at hand, B_bar (H,P). Returns y (B,T,H) and *all* states (B,T,P/2)."""
-        x = scan(a, complex_view(u @ B_bar), state, strides)
+    def forward(self, u, state, a, B_bar, products):
+        """A whole sequence in parallel: u (B,T,H), the state before it (B,P/2), the factors a (B,T,P/2),
+        B_bar (H,P), stride_products(a). Returns y (B,T,H) and *all* states (B,T,P/2)."""
+        x = scan(a, complex_view(u @ B_bar), state, products)
         return real_view(x) @ self.C + self.D * u, x
 
     def step(self, u, kept, B_bar):
@@ -261,9 +262,9 @@ class S5Stack(nn.Module):
         with full_precision(u.device.type):
             Lambda_bar, B_bar = self.discretise()
             a = Lambda_bar * (~reset)[..., None, None]  # (B, T, layers, P/2)
-            strides, u, states = products(a.detach()), u.float(), []
+            products, u, states = stride_products(a.detach()), u.float(), []
             for i, (block, *own) in enumerate(zip(self.blocks, state.unbind(1), a.unbind(2), B_bar)):
-                u, x = block(u, *own, [each[:, :, i] for each in strides])
+                u, x = block(u, *own, [each[:, :, i] for each in products])
                 states.append(x)
             return u, torch.stack(states, 2)
 
@@ -282,6 +283,13 @@ class S5Stack(nn.Module):
 if __name__ == "__main__":  # a demonstration: parallel = recurrent, and what length costs
     import sys
     import time
+
+    picture = sys.argv[1] if len(sys.argv) > 1 else None  # python s5.py PICTURE.png
+    if picture:
+        try:
+            from matplotlib.figure import Figure
+        except ImportError:
+            sys.exit("s5.py: pictures need matplotlib: pip install matplotlib")
 
     def milliseconds(work, repeats=3):
         """The median time of work(), after a first call that does not count."""
@@ -316,7 +324,7 @@ if __name__ == "__main__":  # a demonstration: parallel = recurrent, and what le
           f"{'T':>7}" + "".join(f"{name + ' train':>16}" for name in names)
           + "".join(f"{name + ' step':>16}" for name in names))
     rows, discretised = [], stack.discretise()
-    for T in [16 * 4 ** i for i in range(6 if len(sys.argv) > 1 else 4)]:  # the last two take minutes
+    for T in [16 * 4 ** i for i in range(6 if picture else 4)]:  # the last two take minutes
         u, one, x = torch.randn(1, T, H), torch.randn(1, 1, H), 0 * state[:1].detach()
         no_reset = torch.zeros(1, T, dtype=torch.bool)
         train = [lambda: stack(u, x, no_reset)[0], lambda: gru(u)[0], lambda: attend(u)]
@@ -327,8 +335,7 @@ if __name__ == "__main__":  # a demonstration: parallel = recurrent, and what le
             row += [milliseconds(f, 21) for f in step]
         rows.append([T, *row])
         print(f"{T:>7}" + "".join(f"{number:>16.2f}" for number in row))
-    if len(sys.argv) > 1:  # python s5.py PICTURE.png, with matplotlib
-        from matplotlib.figure import Figure
+    if picture:
         figure = Figure((9, 3.5), layout="constrained")
         titles = "training on T steps", "one step after T"
         for axis, title, first in zip(figure.subplots(1, 2), titles, (1, 4)):
@@ -336,4 +343,4 @@ if __name__ == "__main__":  # a demonstration: parallel = recurrent, and what le
                 axis.loglog([row[0] for row in rows], [row[first + j] for row in rows], "o-", label=name)
             axis.set(title=title, xlabel="T", ylabel="milliseconds")
             axis.legend()
-        figure.savefig(sys.argv[1], dpi=120)
+        figure.savefig(picture, dpi=120)

@@ -22,8 +22,8 @@ import torch.nn.functional as F
 
 import evaluate
 import train
-from hierarchy import (Actor, Level, Optimiser, ReturnNormaliser, SubgoalAutoencoder, cosine_max,
-                       lambda_return, onehot, small)
+from hierarchy import (Actor, Optimiser, ReturnNormaliser, SubgoalAutoencoder, cosine_max, lambda_return,
+                       onehot, small)
 from replay import Replay, etbs_cdf
 from s5 import S5Layer, S5Stack, hippo_n, scan, scan_sequential
 from world_model import (ImageDecoder, ImageEncoder, TwoHot, WorldModel, entropy, kl_balance, log_prob,
@@ -376,7 +376,7 @@ def test_novelty_is_zero_at_perfect_reconstruction():
 def test_autoencoder_learns_signs_sizes_and_all_codes():
     """Decoded goals reach negative values, and the KL to uniform keeps the codes in use."""
     autoencoder, centres = SubgoalAutoencoder(16, (8, 8), 64, 1), 2 * torch.randn(20, 16)
-    optimiser = Optimiser(autoencoder, 3e-3, 1e-6, 100)
+    optimiser = Optimiser(1e-6, 100, (autoencoder.parameters(), 3e-3))
     for _ in range(300):
         loss, novelty = autoencoder.loss(centres[torch.randint(20, (128,))])
         loss.backward()
@@ -551,6 +551,19 @@ def test_an_update_changes_every_parameter_and_nothing_is_on_the_wrong_device(le
         assert all(np.isfinite(value.item()) for value in metrics.values())
         metrics = ghost.levels[i].update(batch_of(ghost, i, device="meta"))
         assert all(value.device.type == "meta" for value in metrics.values())
+
+
+def test_the_encoder_starts_sharp_and_learns_at_its_own_rate():
+    """`sharpness` makes the first posterior say more of its frame; `encoder_lr` moves the encoder alone."""
+    model = [WorldModel((6,), 3, **TINY, sharpness=sharpness) for sharpness in (1.0, 10.0)]
+    blunt, sharp = (entropy(each.posterior(torch.randn(50, 6))).mean() for each in model)
+    assert sharp < 0.7 * blunt
+    level = small(1, encoder_lr=0.0).levels[0]
+    before = {name: p.clone() for name, p in level.world_model.named_parameters()}
+    for _ in range(2):
+        level.update(batch_of(small(1), 0))
+    for name, p in level.world_model.named_parameters():
+        assert torch.equal(p, before[name]) == name.startswith("encoder."), name
 
 
 # One update of each level as it was before the code was made fast.

@@ -75,7 +75,6 @@ class Config:
     depth: int = setting(24, "channels of the first convolution", 1)
     first_stride: int = setting(2, "stride of the first convolution: 2, or 4 to save its cost",
                                 choices=[2, 4])
-
     sharpness: float = setting(1.0, "factor of the initial posterior's logits", 0)
 
     horizon: int = setting(16, "imagined steps", 2)
@@ -97,7 +96,7 @@ class Config:
     autoencoder_lr: float = setting(1e-4, "learning rate of the subgoal autoencoders", 0)
 
     precision: str = setting("float32", "arithmetic of the matrix products", choices=["float32", "bf16"])
-    compile: bool = setting(False, "torch.compile for dreams and losses: minutes to begin with, then faster")
+    compile: bool = setting(False, "torch.compile dreams and losses: takes a minute, saves nothing on a CPU")
     log_every: int = setting(500, "agent steps between lines of metrics.jsonl", 1)
     save_every: int = setting(2500, "agent steps between checkpoints", 1)
     eval_episodes: int = setting(100, "episodes of the final evaluation", 1)
@@ -105,10 +104,9 @@ class Config:
 
 PRESETS = {
     "paper": {},
-    "cpu": dict(steps=20_000, replay_size=20_000, train_every=2, warmup=500, batch_size=8, batch_length=32,
-                stoch=16, classes=16, hidden=128, state_size=64, s5_layers=2, units=128, mlp_layers=2,
-                depth=24, first_stride=4, sharpness=10.0, horizon=10, starts=128, model_lr=1e-3,
-                actor_lr=3e-4, critic_lr=3e-4, autoencoder_lr=1e-3, entropy_scale=3e-3, eval_episodes=20),
+    "cpu": dict(train_every=12, batch_size=8, batch_length=32, stoch=32, classes=16, hidden=128, state_size=64, s5_layers=2, units=128,
+                first_stride=4, sharpness=10.0, horizon=10, starts=128, model_lr=1e-3, actor_lr=3e-4,
+                critic_lr=3e-4, autoencoder_lr=1e-3, entropy_scale=3e-3),
     "debug": dict(steps=1200, replay_size=2000, train_every=10, warmup=300, batch_size=4, batch_length=16,
                   stoch=8, classes=8, hidden=64, state_size=32, s5_layers=2, units=64, mlp_layers=1, depth=8,
                   first_stride=4, horizon=5, starts=32, log_every=100, save_every=400, eval_episodes=2),
@@ -148,7 +146,7 @@ says what; 130 or 143 stopped by Ctrl+C or SIGTERM, and saved
 def parse_config(argv):
     """({explicitly given name: value}, resume, profile) of a command line. UsageError; only --help exits."""
     parser = Parser(description="Train Hieros on an Atari game, then play it for a score.", epilog=EXAMPLES,
-                    usage="train.py [--game str] [--seed int] [any setting below] [--resume]",
+                    usage="train.py [--game str] [--seed int] [any setting below] [--resume|--profile]",
                     formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     for field in dataclasses.fields(Config):
         values = {name: preset.get(field.name, field.default) for name, preset in PRESETS.items()}
@@ -678,6 +676,9 @@ def memory(device, reset=False):
         return 0, 0
 
 
+PHASES = ["world model", "imagination", "autoencoder", "actor-critic"]
+
+
 def by_phase(level, batch, measure):
     """Make an update and return by how much measure(), a tuple of numbers, has grown in each of PHASES."""
     marks, imagine, behaviour_loss = [measure()], level.world_model.imagine, level.behaviour_loss
@@ -698,9 +699,6 @@ def by_phase(level, batch, measure):
     return np.diff(marks + [measure()], axis=0)
 
 
-PHASES = ["world model", "imagination", "autoencoder", "actor-critic"]
-
-
 def profile(run, updates=5):
     """Measure updates of every level on real batches. Prints a table, returns all of it {name: value}.
 
@@ -708,6 +706,7 @@ def profile(run, updates=5):
     same minute: a number that means the same on every machine. Medians, after two updates for warming up.
     """
     config, device = run.config, run.config.device
+    run.log.write = lambda *_: None  # this is no training: metrics.jsonl stays as it is
     times = []  # [seconds of acting, of the game]
     while not all(replay.starts for replay in run.replays) or len(times) < 200:
         begin = clock(device)
@@ -754,8 +753,8 @@ def profile(run, updates=5):
                        for name, seconds, part_gflop, part_count in rows[:-1]}})
         print(f"       level {i}: {total * speed:.0f} peak-GFLOP an update (peak {speed:.0f} GFLOP/s), memory"
               f" {peak:.0f} MiB, sampling {1e3 * np.median(samples):.1f} ms")
-        count = max(0, config.steps - config.warmup) / (config.train_every * config.k ** i)
-        hours += count * (total + float(np.median(samples))) / 3600
+        due = (config.steps - config.warmup) / (config.train_every * config.k ** i)  # updates in all
+        hours += due * (total + float(np.median(samples))) / 3600
     print(f"acting {1e3 * act:.1f} ms and the game {1e3 * env:.1f} ms a step; {config.steps} steps would take"
           f" about {hours:.1f} hours on this machine, without the final evaluation")
     return {"preset": config.preset, "device": device, "threads": torch.get_num_threads(),

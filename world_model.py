@@ -153,8 +153,8 @@ class ChannelNorm(nn.LayerNorm):
 class Patches(nn.Linear):
     """(N,C,height,width) -> (N,3,s*height,s*width): every place paints its own s x s pixels.
 
-    nn.PixelShuffle after a 1x1 convolution does the same for half as much time again: colours innermost, as
-    in channels-last memory, whole runs of pixels are moved.
+    nn.PixelShuffle after a 1x1 convolution does the same, but more slowly: with colours innermost, as in
+    channels-last memory, whole runs of pixels are moved.
     """
 
     def __init__(self, inputs, s):
