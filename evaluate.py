@@ -19,13 +19,13 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from hierarchy import onehot
+from hierarchy import cosine_max, onehot
 from replay import Replay, etbs_cdf
 from s5 import complex_view, real_view
 from train import (REFERENCE, Atari, Parser, UsageError, autocast, env_step, keep_freed_memory,
-                   load_checkpoint, make_agent, make_config, play, report, result, trusting,
+                   load_checkpoint, make_agent, make_config, origin, play, report, result, trusting,
                    write_json)
-from world_model import sample_onehot, symexp
+from world_model import State, sample_onehot, symexp
 
 SECOND = 15  # agent steps: 60 frames, 4 a step
 
@@ -303,6 +303,44 @@ def strip_picture(truth, dreamed, game, path, columns=(0, 1, 2, 5, 10, 15, 20, 3
 
 
 # ------------------------------------------------------------------------------------------------------------
+# Are subgoals reached, and do they matter?
+# ------------------------------------------------------------------------------------------------------------
+
+def subgoal_study(agent, env, seed, steps=4000):
+    """What becomes of the subgoals while the agent plays: {what is measured: value} of each level that gets
+    any.
+
+    reached: cosine-max of a goal and the state in which its time is up. That alone proves nothing, since
+    states resemble each other; so beside it `before`, the same with the state in which the goal was set, and
+    `shuffled`, with the goal of another time. obeyed: by how much another goal would change what the level
+    does, as total variation of its action's distribution: 0 not at all, 1 entirely.
+    """
+    lower = range(len(agent.levels) - 1)
+    codes, states, ends = ([[] for _ in lower] for _ in range(3))
+    for now, memory, ticks in life(agent, env, steps, seed):
+        for i in lower[:len(ticks) - 1]:  # these levels have just been given a new goal
+            if not now["is_first"][0]:
+                ends[i].append(ticks[i]["state"].h)
+            elif codes[i]:  # set when the last episode was over: nobody ever followed it
+                codes[i].pop(), states[i].pop()
+            codes[i].append(memory["levels"][i]["subgoal"])
+            states[i].append(ticks[i]["state"])
+    study = []
+    for i, level in enumerate(agent.levels[:-1]):
+        count = len(ends[i])
+        code, end, state = torch.cat(codes[i][:count]), torch.cat(ends[i]), State(
+            *map(torch.cat, zip(*states[i][:count])))
+        other = code.roll(count // 2, 0)
+        goal, policy = level.autoencoder.decode(code), level.actor(state.feature(code))
+        values = {"goals": count, "reached": cosine_max(goal, end).mean(),
+                  "before": cosine_max(goal, state.h).mean(),
+                  "shuffled": cosine_max(level.autoencoder.decode(other), end).mean(),
+                  "obeyed": 0.5 * (policy - level.actor(state.feature(other))).abs().sum(-1).mean()}
+        study.append({"level": i} | {name: round(float(value), 4) for name, value in values.items()})
+    return study
+
+
+# ------------------------------------------------------------------------------------------------------------
 # Many runs beside published ones
 # ------------------------------------------------------------------------------------------------------------
 
@@ -410,23 +448,25 @@ def summarise(groups):
     return summaries
 
 
+def print_rows(*rows):
+    """Lists of texts, the first of them the head, as a Markdown table."""
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    for row in rows[0], ["-" * (width - 1) + ":" for width in widths], *rows[1:]:
+        print("| " + " | ".join(f"{cell:>{width}}" for cell, width in zip(row, widths)) + " |")
+    print()
+
+
 def print_table(group, scores, human_normalised, aggregates, interval):
     """One of the summaries of `summarise` as Markdown."""
-    def table(*rows):
-        widths = [max(map(len, column)) for column in zip(*rows)]
-        for row in rows[0], ["-" * (width - 1) + ":" for width in widths], *rows[1:]:
-            print("| " + " | ".join(f"{cell:>{width}}" for cell, width in zip(row, widths)) + " |")
-        print()
-
     print(f"### {group}\n")
     others = {"random": {game: low for game, (low, _) in REFERENCE.items()},
               "human": {game: high for game, (_, high) in REFERENCE.items()}} | PUBLISHED
-    table(["game", "runs", "score", "std", "normalised", *(name + "*" for name in others)],
-          *[[game, f"{len(runs)}", f"{np.mean(runs):.1f}",
-             f"{np.std(runs, ddof=1):.1f}" if len(runs) > 1 else "-",
-             f"{human_normalised[game]:.3f}" if game in human_normalised else "-",
-             *(f"{known[game]:.1f}" if game in known else "-" for known in others.values())]
-            for game, runs in scores.items()])
+    print_rows(["game", "runs", "score", "std", "normalised", *(name + "*" for name in others)],
+               *[[game, f"{len(runs)}", f"{np.mean(runs):.1f}",
+                  f"{np.std(runs, ddof=1):.1f}" if len(runs) > 1 else "-",
+                  f"{human_normalised[game]:.3f}" if game in human_normalised else "-",
+                  *(f"{known[game]:.1f}" if game in known else "-" for known in others.values())]
+                 for game, runs in scores.items()])
     print("* published by others, not run here; sources in results/published.csv.")
     n, N, outside = len(human_normalised), len(REFERENCE), scores.keys() - human_normalised.keys()
     if outside:
@@ -439,7 +479,7 @@ def print_table(group, scores, human_normalised, aggregates, interval):
         rows = [[name, *(f"{value:.3f}" for value in values.values())] for name, values in aggregates.items()]
         if interval:
             rows.insert(1, ["95% interval", *(f"{low:.3f} to {high:.3f}" for low, high in interval.values())])
-        table(["", *AGGREGATES], *rows)
+        print_rows(["", *AGGREGATES], *rows)
 
 
 def bars_picture(groups, path):
@@ -514,7 +554,7 @@ def s5_picture(config, agent, path, lags=128):
     circle.plot(np.cos(angle), np.sin(angle), "lightgray")
     for who, name, marker, line in ((fresh, "before training", "C7o", "--"),
                                     (agent, "after training", "C3.", "-")):
-        stack = who.levels[0].world_model.s5
+        stack = who.levels[0].world_model.sequence
         Lambda_bar, B_bar = (each.cpu() for each in stack.discretise())
         circle.plot(Lambda_bar.real.ravel(), Lambda_bar.imag.abs().ravel(), marker, label=name)  # upper half
         powers = Lambda_bar[0] ** torch.arange(lags)[:, None]
@@ -598,6 +638,8 @@ def parse(argv):
     add("--dream", **gif, help="film: the agent plays on inside its own world model")
     add("--open_loop", **png, help="error of dreams by their length, beside two baselines")
     add("--strip", **png, help="true frames above dreamed ones")
+    add("--subgoals", type=lambda path: writable(path, ".json"), metavar="FILE.json",
+        help="are subgoals reached, beside two controls, and does a level heed them?")
     add("--s5", **png, help="eigenvalues and kernels of the S5 layers before and after training")
     add("--seed", type=int, default=0, metavar="N", help="seed of what is played here (default: 0)")
     add("--device", default="auto", metavar="NAME", help="auto, cpu, cuda, cuda:1, ... (default: auto)")
@@ -611,9 +653,9 @@ def parse(argv):
 
     films = [name for name in ("video", "dream", "open_loop", "strip", "s5") if getattr(args, name)]
     args.films = bool(films)
-    one = films + ["episodes"] * (args.episodes is not None)
+    one = films + ["subgoals"] * bool(args.subgoals) + ["episodes"] * (args.episodes is not None)
     args.many = [name for name in ("table", "bars", "curves") if getattr(args, name)]
-    args.score = "episodes" in one or not (films or args.many or args.etbs) or (args.json and not args.many)
+    args.score = "episodes" in one or not (one or args.many or args.etbs) or (args.json and not args.many)
     if args.many and one:
         raise UsageError(f"--{args.many[0]} is about many runs and --{one[0]} about one: use two commands")
     if args.many and not args.paths:
@@ -621,8 +663,8 @@ def parse(argv):
     if not args.many and len(args.paths) != bool(one or args.score):
         raise UsageError("name one directory of a run, for example runs/pong-0" if one or args.score else
                          "--etbs needs no run")
-    if args.json == "-" and films:
-        raise UsageError("--json - prints nothing but the score: make films and pictures by another command")
+    if args.json == "-" and (films or args.subgoals):
+        raise UsageError("--json - prints nothing but the score: make all else by another command")
     if args.episodes is not None and args.episodes < 1:
         raise UsageError(f"--episodes {args.episodes} is out of range: at least 1")
     make_config({"seed": args.seed, "device": args.device})
@@ -636,6 +678,10 @@ def one_run(args):
     game, seed = config.game, args.seed
     if args.films:
         libraries()  # better missed now than after a hundred episodes
+    if args.subgoals and config.levels == 1:
+        raise UsageError(f"--subgoals: {directory} was trained with --levels 1 and has none")
+    if args.s5 and config.sequence != "s5":
+        raise UsageError(f"--s5 shows S5 layers: {directory} was trained with --sequence {config.sequence}")
     torch.manual_seed(seed)
     with torch.inference_mode(), autocast(config):
         if args.score:
@@ -644,6 +690,11 @@ def one_run(args):
             write_json(summary, args.json or Path(directory) / "evaluation.json")
             if args.json != "-":
                 print(report(summary))
+        if args.subgoals:
+            study = subgoal_study(agent, Atari(game), seed)
+            write_json({"game": game, "agent_steps": history["step"], "levels": study} | origin(),
+                       args.subgoals)
+            print_rows([*study[0]], *[[str(value) for value in each.values()] for each in study])
         if args.video:
             film(agent, Atari(game), game, seed, args.video)
         if args.dream:

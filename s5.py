@@ -280,6 +280,39 @@ class S5Stack(nn.Module):
             return u, complex_view(torch.stack(states, 1))
 
 
+class GRUStack(nn.Module):
+    """What S5Stack replaces, with the same interface, to compare (`--sequence gru`): layers of GRU cells.
+
+    Each step needs the last one's result, so training walks through time. The state is as large as the
+    features; it is real, and kept in complex numbers only because an S5 state is.
+    """
+
+    def __init__(self, features, _, layers):
+        super().__init__()
+        self.cells = nn.ModuleList(nn.GRUCell(features, features) for _ in range(layers))
+        self.state_shape = layers, features // 2
+
+    def discretise(self):
+        """Nothing to prepare: a GRU is discrete."""
+
+    def forward(self, u, state, reset):
+        """As S5Stack.forward."""
+        steps = []
+        for u_t, forget in zip(u.unbind(1), reset.unbind(1)):
+            m, state = self.step(u_t, state * ~forget[:, None, None])
+            steps.append((m, state))
+        return tuple(torch.stack(field, 1) for field in zip(*steps))
+
+    def step(self, u, state, _=None):
+        """As S5Stack.step."""
+        with full_precision(u.device.type):
+            u, states = u.float(), []
+            for cell, x in zip(self.cells, real_view(state).unbind(1)):
+                u = cell(u, x)
+                states.append(u)
+            return u, complex_view(torch.stack(states, 1))
+
+
 if __name__ == "__main__":  # a demonstration: parallel = recurrent, and what length costs
     import sys
     import time

@@ -25,7 +25,7 @@ import train
 from hierarchy import (Actor, Optimiser, ReturnNormaliser, SubgoalAutoencoder, cosine_max, lambda_return,
                        onehot, small)
 from replay import Replay, etbs_cdf
-from s5 import S5Layer, S5Stack, hippo_n, scan, scan_sequential
+from s5 import GRUStack, S5Layer, S5Stack, hippo_n, scan, scan_sequential
 from world_model import (ImageDecoder, ImageEncoder, TwoHot, WorldModel, entropy, kl_balance, log_prob,
                          sample_onehot, straight_through, symexp, symlog, unimix)
 
@@ -70,10 +70,11 @@ def test_parallel_scan_is_the_sequential_one(T):
 
 
 @pytest.mark.parametrize("T", [1, 2, 7, 64])
-def test_stack_in_parallel_is_the_stack_step_by_step(T):
+@pytest.mark.parametrize("kind", [S5Stack, GRUStack])
+def test_stack_in_parallel_is_the_stack_step_by_step(kind, T):
     """Training and acting run the same function: values, states, gradients agree; with resets, any start."""
-    stack, u, weight = S5Stack(12, 16, 2), torch.randn(3, T, 12), torch.randn(3, T, 12)
-    state, reset = random_complex(3, 2, 8), some_resets(3, T)
+    stack, u, weight = kind(12, 16, 2), torch.randn(3, T, 12), torch.randn(3, T, 12)
+    state, reset = random_complex(3, *stack.state_shape), some_resets(3, T)
 
     def sequential(u, state):
         outputs, states = [], []
@@ -94,16 +95,17 @@ def test_stack_in_parallel_is_the_stack_step_by_step(T):
         assert torch.allclose(parallel, step, atol=2e-4, rtol=1e-3)
 
 
-def test_nothing_leaks_over_a_reset():
+@pytest.mark.parametrize("kind", [S5Stack, GRUStack])
+def test_nothing_leaks_over_a_reset(kind):
     """After a reset neither values nor gradients know anything of what came before."""
-    stack, u, reset = S5Stack(4, 16, 2), torch.randn(2, 9, 4), torch.zeros(2, 9, dtype=torch.bool)
+    stack, u, reset = kind(4, 16, 2), torch.randn(2, 9, 4), torch.zeros(2, 9, dtype=torch.bool)
     reset[:, 5] = True
     u.requires_grad_()
-    state = random_complex(2, 2, 8).requires_grad_()
+    state = random_complex(2, *stack.state_shape).requires_grad_()
     y, states = stack(u, state, reset)
     (y[:, 5:].sum() + states[:, 5:].real.sum()).backward()
     assert (u.grad[:, :5] == 0).all() and (state.grad == 0).all() and (u.grad[:, 5:] != 0).any()
-    changed, _ = stack(torch.cat([torch.randn(2, 5, 4), u[:, 5:]], 1), random_complex(2, 2, 8), reset)
+    changed, _ = stack(torch.cat([torch.randn(2, 5, 4), u[:, 5:]], 1), state.detach() + 1, reset)
     assert torch.equal(changed[:, 5:], y[:, 5:])
 
 
@@ -1333,7 +1335,7 @@ def test_a_resumed_run_keeps_its_settings(saved_run, refused, tmp_path, flags):
     ("run --json nowhere/a.json", "no directory nowhere"),
     ("run --episodes 0", "at least 1"), ("run --episodes many", "invalid int"),
     ("run --seed -1", "--seed -1"), ("run --device cuda:99", "--device cuda:99"),
-    ("run --etbs a.png", "needs no run"), ("run --video a.gif --json -", "by another command"),
+    ("run --etbs a.png", "needs no run"), ("run --subgoals s.json --json -", "by another command"), ("run --video a.gif --json -", "by another command"),
     ("--table", "needs result files"), ("--table a.json --video film.gif", "use two commands"),
     ("--curves a.png a.json --episodes 3", "use two commands"),
     ("--bars a.png a.json --episodes 3", "use two commands"),
@@ -1379,7 +1381,7 @@ def test_help_names_every_flag_and_valid_examples(capsys):
             parse(flags)
         if program is train:
             assert all(f"--{field.name} " in text for field in dataclasses.fields(train.Config))
-            assert "(paper 100000, cpu 20000, debug 1200)" in " ".join(text.split())
+            assert "(paper 16, cpu 8, debug 4)" in " ".join(text.split())
 
 
 def test_matplotlib_is_optional(tmp_path, monkeypatch, capsys):
@@ -1517,6 +1519,26 @@ class Echo(gymnasium.Env):
     def step(self, action):
         self.t += 1
         return np.append(np.eye(3)[action], self.t).astype(np.float32), 0.0, self.t == self.length, False, {}
+
+
+def test_subgoals_are_judged_where_their_time_is_up(monkeypatch):
+    """A goal counts from the tick that sets it until the next is set or the episode ends; what a level does
+    under another goal is compared in the same states."""
+    torch.manual_seed(0)
+    agent, compared = small(levels=2), []
+    level, step = agent.levels[0], agent.levels[0].world_model.step
+    level.world_model.step = lambda x, z, a, o: step(x, z, a, o)._replace(h=o[:, 3:].repeat(1, 64))  # h: time
+    level.autoencoder.decode = lambda code: code
+    monkeypatch.setattr(evaluate, "cosine_max",
+                        lambda goal, h: compared.append((goal, h[:, 0].tolist())) or torch.ones(len(h)))
+    with torch.inference_mode():
+        study, = evaluate.subgoal_study(agent, Echo(6), 0, steps=5 * 7)  # an episode: ticks at 0, 4 and 6
+        assert study == {"level": 0, "goals": 10, "reached": 1, "before": 1, "shuffled": 1, "obeyed": 0}
+        (goal, end), (same, start), (other, _) = compared
+        assert end == 5 * [4, 6] and start == 5 * [0, 4]
+        assert torch.equal(goal, same) and torch.equal(goal.roll(5, 0), other)
+        torch.nn.init.normal_(level.actor.net[-1].weight)  # from now on what it does depends on everything
+        assert evaluate.subgoal_study(agent, Echo(6), 0, steps=35)[0]["obeyed"] > 0.1
 
 
 def test_open_loop_sequences_stay_inside_an_episode():

@@ -24,13 +24,14 @@ Symbols (the same in every file):
     r, c     (B,T) reward that came with o_t, probability that the episode goes on after o_t
 """
 
+import math
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from s5 import S5Stack, real_view
+from s5 import GRUStack, S5Stack, real_view
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -230,11 +231,12 @@ class WorldModel(nn.Module):
     stoch, classes: number of categoricals in z and their classes. hidden: H, the size of h and the features
     of the S5 layers. state_size, s5_layers: P and the number of S5 layers. units, mlp_layers: the MLPs.
     depth, first_stride: the CNN, where the observation is an image. sharpness: of the initial posterior, a
-    factor of its logits.
+    factor of its logits. sequence: "s5", or "gru" to compare.
     """
 
     def __init__(self, observation_shape, action_size, stoch=32, classes=32, hidden=256, state_size=128,
-                 s5_layers=8, units=256, mlp_layers=2, depth=24, first_stride=2, sharpness=1.0):
+                 s5_layers=8, units=256, mlp_layers=2, depth=24, first_stride=2, sharpness=1.0,
+                 sequence="s5"):
         super().__init__()
         self.observation_shape, self.action_size = tuple(observation_shape), action_size
         self.z_shape, self.hidden = (stoch, classes), hidden
@@ -259,8 +261,8 @@ class WorldModel(nn.Module):
         self.register_buffer("mean", torch.zeros(self.observation_shape))  # of all observations trained on
         self.register_buffer("batches", torch.zeros(()))
         self.inputs = nn.Linear(stoch * classes + action_size, hidden)
-        self.s5 = S5Stack(hidden, state_size, s5_layers)
-        self.h_from_x = nn.Linear(s5_layers * state_size, hidden)
+        self.sequence = {"s5": S5Stack, "gru": GRUStack}[sequence](hidden, state_size, s5_layers)
+        self.h_from_x = nn.Linear(2 * math.prod(self.sequence.state_shape), hidden)
         self.prior_head = MLP(hidden, stoch * classes, units, layers=1)
         # Reward and continue share a trunk: they look for the same events, and half the work is saved.
         self.twohot = TwoHot()
@@ -270,7 +272,7 @@ class WorldModel(nn.Module):
 
     def initial(self, batch, device):
         """The state before an episode, all zeros, for `batch` sequences: (x, z)."""
-        return (torch.zeros(batch, *self.s5.state_shape, dtype=torch.cfloat, device=device),
+        return (torch.zeros(batch, *self.sequence.state_shape, dtype=torch.cfloat, device=device),
                 torch.zeros(batch, *self.z_shape, device=device))
 
     def centre(self, observation):
@@ -308,7 +310,7 @@ class WorldModel(nn.Module):
     def advance(self, x, z, action, discretised=None):
         """One tick of the recurrence, N states: (x_{t-1}, z_{t-1}, a_{t-1}) -> (m_t, x_t, h_t)."""
         u = self.inputs(torch.cat([z.flatten(-2), action], -1))
-        m, x = self.s5.step(u, x, discretised)
+        m, x = self.sequence.step(u, x, discretised)
         return m, x, self._h(x)
 
     def step(self, x, z, action, observation):
@@ -333,7 +335,7 @@ class WorldModel(nn.Module):
         previous = torch.cat([torch.zeros_like(zza[:, :1]), zza[:, :-1]], 1)  # [z_{t-1}, a_{t-1}]
         previous = previous * (~is_first)[..., None]
         x, _ = self.initial(B, observation.device)
-        m, x = self.s5(self.inputs(previous), x, is_first)
+        m, x = self.sequence(self.inputs(previous), x, is_first)
         return z, self._h(x), x, q, self.prior(m)
 
     def loss(self, observation, action, reward, is_first, is_terminal):
@@ -386,7 +388,7 @@ class WorldModel(nn.Module):
         REINFORCE, so nothing ever flows through the dynamics, and storing 16 steps for a backward pass would
         be pure waste.
         """
-        discretised = self.s5.discretise()  # once a rollout, not once a step
+        discretised = self.sequence.discretise()  # once a rollout, not once a step
         state, states, actions = start, [start], []
         for _ in range(horizon):
             actions.append(policy(state))
@@ -404,7 +406,7 @@ class WorldModel(nn.Module):
         """
         z, h, x, _, _ = self.observe(observation[:, :context], action[:, :context], is_first[:, :context])
         frames = [self.decode(z, h)]
-        z, x, discretised = z[:, -1], x[:, -1], self.s5.discretise()
+        z, x, discretised = z[:, -1], x[:, -1], self.sequence.discretise()
         for t in range(context, observation.shape[1]):
             m, x, h = self.advance(x, z, action[:, t - 1], discretised)
             z = sample_onehot(self.prior(m))
