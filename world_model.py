@@ -111,8 +111,8 @@ def log_prob(p, sample):
     return (p * sample).sum(-1).log().sum(-1)
 
 
-def kl_balance(q, p):
-    """0.5 max(1, KL(sg q || p)) + 0.1 max(1, KL(q || sg p)) and the KL itself, both (...) (DreamerV3).
+def kl_balance(q, p, share=1.0):
+    """0.5 max(1, KL(sg q || p)) + share 0.1 max(1, KL(q || sg p)) and the KL itself, both (...) (DreamerV3).
 
     q, p: categoricals (..., n, classes), their KL in nats summed over the n. The first term teaches the prior
     to foresee, the second keeps z foreseeable; sg is a stop-gradient. Below one nat ("free bits") neither
@@ -121,7 +121,7 @@ def kl_balance(q, p):
     log_q, log_p = q.log(), p.log()
     dynamics = (q.detach() * (log_q.detach() - log_p)).sum((-2, -1))
     representation = (q * (log_q - log_p.detach())).sum((-2, -1))
-    return 0.5 * dynamics.clamp(min=1) + 0.1 * representation.clamp(min=1), dynamics.detach()
+    return 0.5 * dynamics.clamp(min=1) + share * 0.1 * representation.clamp(min=1), dynamics.detach()
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -231,31 +231,29 @@ class WorldModel(nn.Module):
     stoch, classes: number of categoricals in z and their classes. hidden: H, the size of h and the features
     of the S5 layers. state_size, s5_layers: P and the number of S5 layers. units, mlp_layers: the MLPs.
     depth, first_stride: the CNN, where the observation is an image. sharpness: of the initial posterior, a
-    factor of its logits. sequence: "s5", or "gru" to compare.
+    factor of its logits. kl_warmup: updates without the KL of the representation. sequence: "s5", or "gru".
     """
 
     def __init__(self, observation_shape, action_size, stoch=32, classes=32, hidden=256, state_size=128,
                  s5_layers=8, units=256, mlp_layers=2, depth=24, first_stride=2, sharpness=1.0,
-                 sequence="s5"):
+                 kl_warmup=0, sequence="s5"):
         super().__init__()
         self.observation_shape, self.action_size = tuple(observation_shape), action_size
-        self.z_shape, self.hidden = (stoch, classes), hidden
+        self.z_shape, self.hidden, self.kl_warmup = (stoch, classes), hidden, kl_warmup
         self.feature_size = stoch * classes + hidden + 3
         inputs = stoch * classes + hidden  # of the heads
         if len(self.observation_shape) == 3:
             if self.observation_shape != (3, 64, 64):
                 raise ValueError(f"images are (3, 64, 64), got {self.observation_shape}")
             cnn = ImageEncoder(depth, first_stride)
-            self.encoder = nn.Sequential(cnn, MLP(cnn.features, stoch * classes, units, layers=1))
+            self.encoder = nn.Sequential(cnn, nn.Linear(cnn.features, stoch * classes))
             self.decoder = ImageDecoder(inputs, depth, first_stride)
         else:
             size, = self.observation_shape
             self.encoder = MLP(size, stoch * classes, units, mlp_layers)
             self.decoder = MLP(inputs, size, units, mlp_layers, zero_init=True)
-        # At its usual scale the first posterior is almost uniform: z is noise, the decoder first learns to
-        # ignore it, and the encoder to make it constant. Sharper, z is a random hash of the observation: it
-        # says something from the beginning, and an encoder that learns more slowly than the decoder
-        # (encoder_lr) leaves it so until the decoder has found out what.
+        # At its usual scale the first posterior is almost uniform: z is noise, and the decoder first learns to
+        # ignore it. Sharper, z is a random hash of the observation that says something from the beginning.
         hashing = [layer for layer in self.encoder.modules() if isinstance(layer, nn.Linear)][-1]
         hashing.weight.data *= sharpness
         self.register_buffer("mean", torch.zeros(self.observation_shape))  # of all observations trained on
@@ -267,6 +265,11 @@ class WorldModel(nn.Module):
         # Reward and continue share a trunk: they look for the same events, and half the work is saved.
         self.twohot = TwoHot()
         self.outcome = MLP(inputs, len(self.twohot.bins) + 1, units, mlp_layers, zero_init=True)
+        # They begin with what is true of most steps: no reward (the middle bin), and the game goes on. Left to
+        # learn that from zeros, their first gradients are the largest of all, point the same way in each step
+        # and push the encoder to a constant z, from which it may not come back.
+        with torch.no_grad():
+            self.outcome[-1].bias[len(self.twohot.bins) // 2], self.outcome[-1].bias[-1] = 8.0, 5.0
 
     # ---- one state ----
 
@@ -349,15 +352,14 @@ class WorldModel(nn.Module):
         self.centre(observation)
         z, h, x, q, p = self.observe(observation, action, is_first)
         reward_logits, cont_logit = self._outcome(z, h)
-        reconstruction = self.decode(z, h)
-        losses = {
-            "image" if observation.ndim == 5 else "vector":
-                (reconstruction - observation).square().sum(tuple(range(2, observation.ndim))),
-            "rew": self.twohot.loss(reward_logits, reward),
-            "con": F.binary_cross_entropy_with_logits(cont_logit, (~is_terminal).float(), reduction="none"),
-        }
-        kl_loss, divergence = kl_balance(q, p)
-        losses = {name: value.mean() for name, value in losses.items()}
+        error = F.mse_loss(self._paint(z, h), observation - self.mean, reduction="sum") / is_first.numel()
+        losses = {"image" if observation.ndim == 5 else "vector": error,
+                  "rew": self.twohot.loss(reward_logits, reward).mean(),
+                  "con": F.binary_cross_entropy_with_logits(cont_logit, (~is_terminal).float())}
+        # The KL asks z to be foreseeable, and nothing is more so than a constant z. Where updates are few it
+        # has to wait: it is off for kl_warmup updates, then rises for as many, until the decoder reads z.
+        share = torch.clamp(self.batches / self.kl_warmup - 1, 0, 1) if self.kl_warmup else 1.0
+        kl_loss, divergence = kl_balance(q, p, share)
         metrics = {f"loss/{name}": value.detach() for name, value in losses.items()}  # DreamerV3's names
         with torch.no_grad():
             states = State(x, z, h, entropy(q), self.twohot.mean(reward_logits), torch.sigmoid(cont_logit))
@@ -368,8 +370,12 @@ class WorldModel(nn.Module):
 
     def decode(self, z, h):
         """(...,32,32), (...,H) -> observations (..., *observation_shape)."""
+        return self._paint(z, h) + self.mean
+
+    def _paint(self, z, h):
+        """What `decode` adds to the mean observation."""
         inputs = torch.cat([z.flatten(-2), h], -1)
-        return self.decoder(inputs.flatten(0, -2)).float().unflatten(0, inputs.shape[:-1]) + self.mean
+        return self.decoder(inputs.flatten(0, -2)).float().unflatten(0, inputs.shape[:-1])
 
     # ---- dreams ----
 
