@@ -350,6 +350,7 @@ class Hieros(nn.Module):
         return memory
 
     @torch.inference_mode()
+    @torch.backends.mkldnn.flags(enabled=False, allow_tf32=None)  # oneDNN rearranges the weights at each call
     def act(self, memory, observation, reward, is_first, is_last, is_terminal):
         """One env step of n environments, at any stage of their episodes each.
 
@@ -365,27 +366,29 @@ class Hieros(nn.Module):
         t = np.where(is_first, 0, memory["t"] + 1)
         new = {"t": t, "levels": [dict(level) for level in memory["levels"]]}
         ticks = []
-        for old, own in zip(memory["levels"], new["levels"]):
-            own["reward"] = np.where(is_first, 0, old["reward"] + reward).astype(np.float32)
+        for own in new["levels"]:
+            own["reward"] = own["reward"] + np.float32(reward)
+            if is_first.any():  # these start afresh, at every level
+                own["reward"][is_first] = 0
+                keep = torch.as_tensor(~is_first, device=own["x"].device)
+                for name in ("x", "z", "action", "recent"):
+                    own[name] = own[name] * keep.view(-1, *[1] * (own[name].ndim - 1))
 
         # Bottom-up: each ticking level updates its state.
         for i, (level, own) in enumerate(zip(self.levels, new["levels"])):
-            rows = np.flatnonzero((t % self.k ** i == 0) | is_last)
+            rows, = ((t % self.k ** i == 0) | is_last).nonzero()
             if len(rows) == 0:
                 break
             device = level.weights.device
-            everyone = len(rows) == len(t)
-            index = slice(None) if everyone else torch.as_tensor(rows, device=device)
-            keep = torch.as_tensor(~is_first[rows], device=device)  # False: the level starts afresh
+            index = slice(None) if len(rows) == len(t) else torch.as_tensor(rows, device=device)
             tick = {"rows": rows, "index": index}
             if i == 0:
                 tick["observation"] = observation[rows]
-                seen = level.dense({"observation": torch.as_tensor(observation[rows], device=device)})
+                seen = level.dense({"observation": torch.as_tensor(tick["observation"], device=device)})
             else:
                 tick["recent"] = new["levels"][i - 1]["recent"][index]
                 seen = tick["recent"].flatten(1)
-            x, z, action, recent = (own[name][index] * keep.view(-1, *[1] * (own[name].ndim - 1))
-                                    for name in ("x", "z", "action", "recent"))
+            x, z, action, recent = (own[name][index] for name in ("x", "z", "action", "recent"))
             tick["state"] = state = level.world_model.step(x, z, action, seen)
             now = torch.cat([state.z.flatten(-2), symlog(state.h)], -1)
             own["x"], own["z"] = _put(own["x"], index, state.x), _put(own["z"], index, state.z)
@@ -426,6 +429,8 @@ class Hieros(nn.Module):
 
 def _put(tensor, index, rows):
     """A copy of `tensor` with the rows at `index` replaced."""
+    if len(rows) == len(tensor):  # all of them
+        return rows
     tensor = tensor.clone()
     tensor[index] = rows
     return tensor

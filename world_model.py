@@ -181,6 +181,7 @@ class ImageEncoder(nn.Sequential):
             layers += [convolution, ChannelNorm(outputs), nn.SiLU()]
         super().__init__(*layers, nn.Flatten())
         self.features = channels[-1] * 16
+        self.to(memory_format=torch.channels_last)  # as images are, or each call would convert the weights
 
 
 class ImageDecoder(nn.Sequential):
