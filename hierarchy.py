@@ -349,15 +349,20 @@ class Hieros(nn.Module):
                 "reward": np.zeros(n, np.float32)})  # env rewards since the last tick
         return memory
 
+    @torch.no_grad()
+    def discretise(self):
+        """For each level what S5Stack.discretise returns. `act` takes it, valid until the weights change."""
+        return [level.world_model.sequence.discretise() for level in self.levels]
+
     @torch.inference_mode()
     @torch.backends.mkldnn.flags(enabled=False, allow_tf32=None)  # oneDNN rearranges the weights at each call
-    def act(self, memory, observation, reward, is_first, is_last, is_terminal):
+    def act(self, memory, observation, reward, is_first, is_last, is_terminal, discretised=None):
         """One env step of n environments, at any stage of their episodes each.
 
         memory: of the previous step. observation: (n, ...) as the environment gives it; reward (n,) that came
         with it; is_first, is_last, is_terminal (n,): numpy arrays. Every level ticks at an episode's last
         step, on the grid or not: what has come since its last tick, the final reward and the end itself,
-        would be lost otherwise.
+        would be lost otherwise. discretised: what `discretise` returned for the present weights, if at hand.
 
         Returns the new memory, the game action (n,), and a list of ticks from level 0 upwards: for each level
         that ticked {name: (rows, ...)}, all that its replay stores, the State, and the rows of the n that
@@ -389,7 +394,8 @@ class Hieros(nn.Module):
                 tick["recent"] = new["levels"][i - 1]["recent"][index]
                 seen = tick["recent"].flatten(1)
             x, z, action, recent = (own[name][index] for name in ("x", "z", "action", "recent"))
-            tick["state"] = state = level.world_model.step(x, z, action, seen)
+            given = {} if discretised is None else {"discretised": discretised[i]}
+            tick["state"] = state = level.world_model.step(x, z, action, seen, **given)
             now = torch.cat([state.z.flatten(-2), symlog(state.h)], -1)
             own["x"], own["z"] = _put(own["x"], index, state.x), _put(own["z"], index, state.z)
             own["recent"] = _put(own["recent"], index, torch.cat([recent[:, 1:], now[:, None]], 1))

@@ -314,9 +314,9 @@ class WorldModel(nn.Module):
         m, x = self.sequence.step(u, x, discretised)
         return m, x, self._h(x)
 
-    def step(self, x, z, action, observation):
+    def step(self, x, z, action, observation, discretised=None):
         """Acting: from (x_{t-1}, z_{t-1}, a_{t-1}) and o_t to the State at t. Zeros at an episode's start."""
-        _, x, h = self.advance(x, z, action)
+        _, x, h = self.advance(x, z, action, discretised)
         q = self.posterior(observation)
         return self._state(x, sample_onehot(q), h, q)
 
