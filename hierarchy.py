@@ -22,6 +22,7 @@ Symbols beside those of world_model.py:
     R          rewards of a level: extrinsic, subgoal (with a level above), novelty (with a level below)
 """
 
+import contextlib
 import copy
 
 import numpy as np
@@ -355,7 +356,6 @@ class Hieros(nn.Module):
         return [level.world_model.sequence.discretise() for level in self.levels]
 
     @torch.inference_mode()
-    @torch.backends.mkldnn.flags(enabled=False, allow_tf32=None)  # oneDNN rearranges the weights at each call
     def act(self, memory, observation, reward, is_first, is_last, is_terminal, discretised=None):
         """One env step of n environments, at any stage of their episodes each.
 
@@ -395,7 +395,8 @@ class Hieros(nn.Module):
                 seen = tick["recent"].flatten(1)
             x, z, action, recent = (own[name][index] for name in ("x", "z", "action", "recent"))
             given = {} if discretised is None else {"discretised": discretised[i]}
-            tick["state"] = state = level.world_model.step(x, z, action, seen, **given)
+            with _onednn(len(rows) > 1):
+                tick["state"] = state = level.world_model.step(x, z, action, seen, **given)
             now = torch.cat([state.z.flatten(-2), symlog(state.h)], -1)
             own["x"], own["z"] = _put(own["x"], index, state.x), _put(own["z"], index, state.z)
             own["recent"] = _put(own["recent"], index, torch.cat([recent[:, 1:], now[:, None]], 1))
@@ -440,6 +441,18 @@ def _put(tensor, index, rows):
     tensor = tensor.clone()
     tensor[index] = rows
     return tensor
+
+
+@contextlib.contextmanager
+def _onednn(enabled):
+    """A context with or without oneDNN, which on CPUs is fast with batches, but rearranges the weights of
+    convolutions at each call: too dear for a single state."""
+    before = torch.backends.mkldnn.enabled
+    torch.backends.mkldnn.enabled = enabled and before
+    try:
+        yield
+    finally:
+        torch.backends.mkldnn.enabled = before
 
 
 def small(levels=3, observation_shape=(4,), actions=3, **behaviour):
