@@ -22,6 +22,7 @@ Symbols beside those of world_model.py:
     R          rewards of a level: extrinsic, subgoal (with a level above), novelty (with a level below)
 """
 
+import contextlib
 import copy
 
 import numpy as np
@@ -349,14 +350,19 @@ class Hieros(nn.Module):
                 "reward": np.zeros(n, np.float32)})  # env rewards since the last tick
         return memory
 
+    @torch.no_grad()
+    def discretise(self):
+        """For each level what S5Stack.discretise returns. `act` takes it, valid until the weights change."""
+        return [level.world_model.sequence.discretise() for level in self.levels]
+
     @torch.inference_mode()
-    def act(self, memory, observation, reward, is_first, is_last, is_terminal):
+    def act(self, memory, observation, reward, is_first, is_last, is_terminal, discretised=None):
         """One env step of n environments, at any stage of their episodes each.
 
         memory: of the previous step. observation: (n, ...) as the environment gives it; reward (n,) that came
         with it; is_first, is_last, is_terminal (n,): numpy arrays. Every level ticks at an episode's last
         step, on the grid or not: what has come since its last tick, the final reward and the end itself,
-        would be lost otherwise.
+        would be lost otherwise. discretised: what `discretise` returned for the present weights, if at hand.
 
         Returns the new memory, the game action (n,), and a list of ticks from level 0 upwards: for each level
         that ticked {name: (rows, ...)}, all that its replay stores, the State, and the rows of the n that
@@ -365,28 +371,32 @@ class Hieros(nn.Module):
         t = np.where(is_first, 0, memory["t"] + 1)
         new = {"t": t, "levels": [dict(level) for level in memory["levels"]]}
         ticks = []
-        for old, own in zip(memory["levels"], new["levels"]):
-            own["reward"] = np.where(is_first, 0, old["reward"] + reward).astype(np.float32)
+        for own in new["levels"]:
+            own["reward"] = own["reward"] + np.float32(reward)
+            if is_first.any():  # these start afresh, at every level
+                own["reward"][is_first] = 0
+                keep = torch.as_tensor(~is_first, device=own["x"].device)
+                for name in ("x", "z", "action", "recent"):
+                    own[name] = own[name] * keep.view(-1, *[1] * (own[name].ndim - 1))
 
         # Bottom-up: each ticking level updates its state.
         for i, (level, own) in enumerate(zip(self.levels, new["levels"])):
-            rows = np.flatnonzero((t % self.k ** i == 0) | is_last)
+            rows, = ((t % self.k ** i == 0) | is_last).nonzero()
             if len(rows) == 0:
                 break
             device = level.weights.device
-            everyone = len(rows) == len(t)
-            index = slice(None) if everyone else torch.as_tensor(rows, device=device)
-            keep = torch.as_tensor(~is_first[rows], device=device)  # False: the level starts afresh
+            index = slice(None) if len(rows) == len(t) else torch.as_tensor(rows, device=device)
             tick = {"rows": rows, "index": index}
             if i == 0:
                 tick["observation"] = observation[rows]
-                seen = level.dense({"observation": torch.as_tensor(observation[rows], device=device)})
+                seen = level.dense({"observation": torch.as_tensor(tick["observation"], device=device)})
             else:
                 tick["recent"] = new["levels"][i - 1]["recent"][index]
                 seen = tick["recent"].flatten(1)
-            x, z, action, recent = (own[name][index] * keep.view(-1, *[1] * (own[name].ndim - 1))
-                                    for name in ("x", "z", "action", "recent"))
-            tick["state"] = state = level.world_model.step(x, z, action, seen)
+            x, z, action, recent = (own[name][index] for name in ("x", "z", "action", "recent"))
+            given = {} if discretised is None else {"discretised": discretised[i]}
+            with _onednn(len(rows) > 1):
+                tick["state"] = state = level.world_model.step(x, z, action, seen, **given)
             now = torch.cat([state.z.flatten(-2), symlog(state.h)], -1)
             own["x"], own["z"] = _put(own["x"], index, state.x), _put(own["z"], index, state.z)
             own["recent"] = _put(own["recent"], index, torch.cat([recent[:, 1:], now[:, None]], 1))
@@ -426,9 +436,23 @@ class Hieros(nn.Module):
 
 def _put(tensor, index, rows):
     """A copy of `tensor` with the rows at `index` replaced."""
+    if len(rows) == len(tensor):  # all of them
+        return rows
     tensor = tensor.clone()
     tensor[index] = rows
     return tensor
+
+
+@contextlib.contextmanager
+def _onednn(enabled):
+    """A context with or without oneDNN, which on CPUs is fast with batches, but rearranges the weights of
+    convolutions at each call: too dear for a single state."""
+    before = torch.backends.mkldnn.enabled
+    torch.backends.mkldnn.enabled = enabled and before
+    try:
+        yield
+    finally:
+        torch.backends.mkldnn.enabled = before
 
 
 def small(levels=3, observation_shape=(4,), actions=3, **behaviour):

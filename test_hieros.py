@@ -853,6 +853,25 @@ def test_resumed_run_is_bitwise_the_undisturbed_one(tmp_path):
         assert torch.equal(value, second.agent.state_dict()[name]), name
 
 
+def test_a_run_acts_with_its_present_weights(tmp_path):
+    """What a run keeps of its layers between steps belongs to the weights of the last update or checkpoint,
+    and acting with it is acting without it."""
+    run = train.Run(catch_config(tmp_path, steps=200), Catch())
+    old = run.discretised
+    train.train(run, progress=False)
+    other = train.Run(dataclasses.replace(run.config, seed=1), Catch())
+    other.restore(train.load_checkpoint(tmp_path / "checkpoint.pt", "cpu"))
+    for kept in (run.discretised, other.discretised):
+        for layers, present, before in zip(kept, run.agent.discretise(), old):
+            assert all(map(torch.equal, layers, present)) and not torch.equal(layers[0], before[0])
+    memories = []
+    for discretised in (None, run.discretised):
+        torch.manual_seed(0)
+        memories.append(run.agent.act(run.memory, **run.now, discretised=discretised)[0]["levels"])
+    for without, handed in zip(*memories):
+        assert torch.equal(without["x"], handed["x"]) and torch.equal(without["action"], handed["action"])
+
+
 def test_metrics_have_the_names_that_dreamer_users_know(tmp_path):
     """Scores, lengths, losses and speed stand in metrics.jsonl under DreamerV3's names, a line a level; an
     episode's length is the number of its agent steps."""

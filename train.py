@@ -416,6 +416,7 @@ class Run:
         torch.manual_seed(config.seed)
         self.rng = np.random.default_rng(config.seed)
         self.agent = make_agent(config, env)
+        self.discretised = self.agent.discretise()  # once an update, not once a step
         try:
             self.replays = [Replay(spec, -(-config.replay_size // config.k ** i), config.batch_length,
                                    config.tau, self.rng) for i, spec in enumerate(self.agent.specs)]
@@ -433,7 +434,7 @@ class Run:
     def act(self):
         """One tick of acting: every level that is due updates, chooses, remembers. Returns the action."""
         with autocast(self.config):
-            self.memory, action, ticks = self.agent.act(self.memory, **self.now)
+            self.memory, action, ticks = self.agent.act(self.memory, **self.now, discretised=self.discretised)
         for i, tick in enumerate(ticks):
             self.replays[i].add(self.agent.transition(i, tick))
         return action[0]
@@ -459,6 +460,7 @@ class Run:
             if self.step >= c.warmup and self.step % (c.train_every * c.k ** i) == 0 and replay.starts:
                 with autocast(self.config):
                     self.log.add(self.step, i, level.update(self.batch(i)))
+                self.discretised = self.agent.discretise()
                 self.updates[i] += 1
 
     def batch(self, i):
@@ -493,6 +495,7 @@ class Run:
     def restore(self, checkpoint):
         """Continue where `save` was called."""
         self.agent.load_state_dict(checkpoint["weights"])
+        self.discretised = self.agent.discretise()
         for level, states in zip(self.agent.levels, checkpoint["optimisers"]):
             for name, state in states.items():
                 level.optimisers[name].adam.load_state_dict(state)
@@ -795,11 +798,12 @@ def play(agent, make_env, episodes, seed=0, progress=True):
     envs = SyncVectorEnv([make_env] * n, autoreset_mode=AutoresetMode.NEXT_STEP)
     observation, _ = envs.reset(seed=seed)
     memory, returns, score = agent.initial_memory(n), [[] for _ in range(n)], np.zeros(n)
+    discretised = agent.discretise()
     reward, first, last, terminal = np.zeros(n), np.ones(n, bool), np.zeros(n, bool), np.zeros(n, bool)
     with tqdm(total=episodes, desc="evaluation", unit="episode", disable=not progress,
               dynamic_ncols=True) as bar:
         while min(map(len, returns)) < episodes // n:
-            memory, action, _ = agent.act(memory, observation, reward, first, last, terminal)
+            memory, action, _ = agent.act(memory, observation, reward, first, last, terminal, discretised)
             observation, reward, terminal, truncated, _ = envs.step(action)
             first, last = last, terminal | truncated
             score += reward
