@@ -160,11 +160,15 @@ class S5Layer(nn.Module):
         x'(t) = Lambda x(t) + B_tilde u(t)        y(t) = 2 Re(C_tilde x(t)) + D u(t)        (S5, Section 3)
 
     state_size P must be a multiple of 2 * blocks; the initial Lambda is `blocks` copies of a small HiPPO-N
-    matrix (J in S5, Appendix B). Step sizes start log-uniform in [dt_min, dt_max]: with decay 1/2 the state
-    forgets over 2/Delta steps, here 20 to 2,000.
+    matrix (J in S5, Appendix B). With decay 1/2 a state forgets over 2/Delta steps; step sizes start
+    log-uniform such that this is 2 to `memory` steps.
+
+    memory should be the length of the training sequences. Each of these begins with a state of zeros, so a
+    slower state, like most of those of S5's own 20 to 2,000 steps, would be small in training and grow for as
+    long as an episode lasts when acting: whatever reads it would meet numbers that it was never shown.
     """
 
-    def __init__(self, features, state_size, blocks=4, dt_min=1e-3, dt_max=1e-1):
+    def __init__(self, features, state_size, memory, blocks=4):
         super().__init__()
         if state_size % (2 * blocks):
             raise ValueError(f"state_size {state_size} is not a multiple of 2 * blocks = {2 * blocks}")
@@ -175,17 +179,17 @@ class S5Layer(nn.Module):
         # Re(Lambda) = -exp(log_decay) < 0 by construction: no optimiser step can make the recurrence explode.
         self.log_decay = nn.Parameter(torch.log(-Lambda.real).float())  # (P/2,)
         self.frequency = nn.Parameter(Lambda.imag.float())  # (P/2,)
-        log_min, log_max = math.log(dt_min), math.log(dt_max)
-        self.log_Delta = nn.Parameter(torch.empty(state_size // 2).uniform_(log_min, log_max))
+        self.log_Delta = nn.Parameter(torch.empty(state_size // 2).uniform_(math.log(2 / memory), 0))
         # u is real, so B_tilde u is one real matmul to interleaved [Re, Im]; and since
         # Re(c x) = Re c Re x - Im c Im x, 2 Re(C_tilde x) is one real matmul back, its matrix interleaving
         # [2 Re c, -2 Im c]. That is half the work of complex matmuls, u is never cast, and the parameters are
         # real, as optimisers and file formats like them. V is unitary: V^-1 is its conjugate transpose.
         B_tilde, C_tilde = V.mH @ B.to(V.dtype), C.to(V.dtype) @ V
-        # With B_tilde as in S5, white input drives the state to a standard deviation of sqrt(Delta), 0.03 to
-        # 0.3, and whatever reads the state sees almost nothing at first. Divide that out: unit variance at
-        # any step size.
-        B_tilde = B_tilde * torch.exp(-0.5 * self.log_Delta.detach())[:, None]
+        # With B_tilde as in S5, white input drives the state to a standard deviation of about sqrt(Delta):
+        # whatever reads the state sees almost nothing at first. Divide it out: unit variance at any Delta.
+        Lambda_bar = torch.exp(Lambda * torch.exp(self.log_Delta.detach()))
+        variance = ((Lambda_bar - 1) / Lambda).abs().square() / (1 - Lambda_bar.abs().square())
+        B_tilde = B_tilde / variance.sqrt()[:, None]
         self.B = nn.Parameter(real_view(B_tilde.T.contiguous()).float())  # (H, P): u @ B is B_tilde u
         self.C = nn.Parameter(real_view(2 * C_tilde.conj_physical()).T.contiguous().float())  # (P, H)
         self.D = nn.Parameter(torch.randn(features))
@@ -210,10 +214,10 @@ class S5Block(nn.Module):
     The nonlinearity stands here, between the layers, where it does not stop the scan.
     """
 
-    def __init__(self, features, state_size):
+    def __init__(self, features, state_size, memory):
         super().__init__()
         self.norm = nn.LayerNorm(features)
-        self.s5 = S5Layer(features, state_size)
+        self.s5 = S5Layer(features, state_size, memory)
         self.gate = nn.Linear(features, features)
 
     def _mix(self, u, y):
@@ -234,9 +238,9 @@ class S5Block(nn.Module):
 class S5Stack(nn.Module):
     """Several S5Blocks. Its state is (B, layers, P/2) complex: every layer's, from which h is read."""
 
-    def __init__(self, features, state_size, layers):
+    def __init__(self, features, state_size, layers, memory=64):
         super().__init__()
-        self.blocks = nn.ModuleList(S5Block(features, state_size) for _ in range(layers))
+        self.blocks = nn.ModuleList(S5Block(features, state_size, memory) for _ in range(layers))
         self.features, self.state_shape = features, (layers, state_size // 2)
 
     def discretise(self):
@@ -287,7 +291,7 @@ class GRUStack(nn.Module):
     features; it is real, and kept in complex numbers only because an S5 state is.
     """
 
-    def __init__(self, features, _, layers):
+    def __init__(self, features, _, layers, memory=None):
         super().__init__()
         self.cells = nn.ModuleList(nn.GRUCell(features, features) for _ in range(layers))
         self.state_shape = layers, features // 2

@@ -229,12 +229,13 @@ class WorldModel(nn.Module):
     stoch, classes: number of categoricals in z and their classes. hidden: H, the size of h and the features
     of the S5 layers. state_size, s5_layers: P and the number of S5 layers. units, mlp_layers: the MLPs.
     depth, first_stride: the CNN, where the observation is an image. sharpness: of the initial posterior, a
-    factor of its logits. kl_warmup: updates without the KL of the representation. sequence: "s5", or "gru".
+    factor of its logits. kl_warmup: updates without the KL of the representation. memory: of the S5 layers,
+    the length of the training sequences. sequence: "s5", or "gru" to compare.
     """
 
     def __init__(self, observation_shape, action_size, stoch=32, classes=32, hidden=256, state_size=128,
                  s5_layers=8, units=256, mlp_layers=2, depth=24, first_stride=2, sharpness=1.0,
-                 kl_warmup=0, sequence="s5"):
+                 kl_warmup=0, memory=64, sequence="s5"):
         super().__init__()
         self.observation_shape, self.action_size = tuple(observation_shape), action_size
         self.z_shape, self.hidden, self.kl_warmup = (stoch, classes), hidden, kl_warmup
@@ -251,23 +252,23 @@ class WorldModel(nn.Module):
             size, = self.observation_shape
             self.encoder = MLP(size, stoch * classes, units, mlp_layers)
             self.decoder = MLP(inputs, size, units, mlp_layers, zero_init=True)
-        # At its usual scale the first posterior is almost uniform: z is noise, and the decoder first learns to
-        # ignore it. Sharper, z is a random hash of the observation that says something from the beginning.
+        # At its usual scale the first posterior is almost uniform: z is noise, and the decoder first learns
+        # to ignore it. Sharper, z is a random hash of the observation that says something from the start.
         hashing = [layer for layer in self.encoder.modules() if isinstance(layer, nn.Linear)][-1]
         hashing.weight.data *= sharpness
         mean = torch.zeros(64, 64, 3).movedim(-1, 0) if image else torch.zeros(self.observation_shape)
         self.register_buffer("mean", mean)  # of all observations trained on, in memory as they are
         self.register_buffer("batches", torch.zeros(()))
         self.inputs = nn.Linear(stoch * classes + action_size, hidden)
-        self.sequence = {"s5": S5Stack, "gru": GRUStack}[sequence](hidden, state_size, s5_layers)
+        self.sequence = {"s5": S5Stack, "gru": GRUStack}[sequence](hidden, state_size, s5_layers, memory)
         self.h_from_x = nn.Linear(2 * math.prod(self.sequence.state_shape), hidden)
         self.prior_head = MLP(hidden, stoch * classes, units, layers=1)
         # Reward and continue share a trunk: they look for the same events, and half the work is saved.
         self.twohot = TwoHot()
         self.outcome = MLP(inputs, len(self.twohot.bins) + 1, units, mlp_layers, zero_init=True)
-        # They begin with what is true of most steps: no reward (the middle bin), and the game goes on. Left to
-        # learn that from zeros, their first gradients are the largest of all, point the same way in each step
-        # and push the encoder to a constant z, from which it may not come back.
+        # They begin with what is true of most steps: no reward (the middle bin), and the game goes on. Left
+        # to learn that from zeros, their first gradients are the largest of all, point the same way in each
+        # step and push the encoder to a constant z, from which it may not come back.
         with torch.no_grad():
             self.outcome[-1].bias[len(self.twohot.bins) // 2], self.outcome[-1].bias[-1] = 8.0, 5.0
 
