@@ -105,13 +105,18 @@ class SubgoalAutoencoder(nn.Module):
         return self.decoder(code).float()
 
     def loss(self, h):
-        """Returns (squared error + 0.5 KL(code || uniform), novelty (...): mean squared error of a state)."""
+        """Returns (squared error + 0.5 KL(code || uniform), novelty (...): mean squared error of a state).
+
+        The first error is in units of the variance of this h (..., H). A level's h varies by 0.05 in one game
+        and by 0.5 in another; where it is little, the KL alone would count, and all codes mean the same.
+        """
         q = unimix(self.encoder(h).float().unflatten(-1, self.code_shape))
         error = (self.decode(straight_through(q).flatten(-2)) - h).square()
         # KL to the uniform distribution = its entropy minus ours. It keeps all codes in use, so that whatever
         # the level above chooses means something.
         uniform = self.code_shape[0] * np.log(self.code_shape[1])
-        return (error.sum(-1) + 0.5 * (uniform - entropy(q))).mean(), error.mean(-1).detach()
+        loss = error.sum(-1) / h.flatten(0, -2).var(0).mean() + 0.5 * (uniform - entropy(q))
+        return loss.mean(), error.mean(-1).detach()
 
 
 class Actor(nn.Module):

@@ -141,6 +141,15 @@ def test_state_starts_on_unit_scale():
     assert 0.7 < spread.median() < 1.4 and spread.max() < 2
 
 
+@pytest.mark.parametrize("memory", [16, 64])
+def test_states_are_as_large_within_a_training_sequence_as_ever_after(memory):
+    """After `memory` steps from zero every state has at least 86% of the variance that it ever reaches, so
+    acting over whole episodes meets no larger ones than training on sequences of that length has shown."""
+    Lambda_bar, _ = S5Stack(8, 128, 2, memory).discretise()
+    assert (Lambda_bar.abs() ** (2 * memory)).max() < np.exp(-2) + 1e-5
+    assert (Lambda_bar.abs() ** (2 * memory)).max() > np.exp(-4)  # and it uses them all
+
+
 def test_shapes_that_do_not_fit_name_both():
     """A wrong shape is a ValueError that says what came and what was expected."""
     stack, state = S5Stack(4, 16, 1), torch.zeros(2, 1, 8, dtype=torch.cfloat)
