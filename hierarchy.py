@@ -107,8 +107,8 @@ class SubgoalAutoencoder(nn.Module):
     def loss(self, h):
         """Returns (squared error + 0.5 KL(code || uniform), novelty (...): mean squared error of a state).
 
-        The first error is in units of the variance of this h (..., H). A level's h varies by 0.05 in one game
-        and by 0.5 in another; where it is little, the KL alone would count, and all codes mean the same.
+        The first error is in units of the variance of this h (..., H). A level's h varies by 0.3 in one game
+        and by 0.8 in another; where it is little, the KL alone would count, and all codes mean the same.
         """
         q = unimix(self.encoder(h).float().unflatten(-1, self.code_shape))
         error = (self.decode(straight_through(q).flatten(-2)) - h).square()

@@ -421,6 +421,19 @@ def test_autoencoder_learns_signs_sizes_and_all_codes():
     assert autoencoder.loss(3 * torch.randn(128, 16))[1].mean() > 2 * novelty.mean()  # the unseen is novel
 
 
+def test_subgoals_mean_something_however_little_h_varies():
+    """The autoencoder tells states apart whether h varies much or little: the KL does not silence codes."""
+    for spread in (0.1, 2.0):
+        torch.manual_seed(0)
+        autoencoder, centres = SubgoalAutoencoder(16, (8, 8), 64, 1), 1 + spread * torch.randn(20, 16)
+        optimiser = Optimiser(1e-6, 100, (autoencoder.parameters(), 3e-3))
+        for _ in range(600):
+            loss, novelty = autoencoder.loss(centres[torch.randint(20, (128,))])
+            loss.backward()
+            optimiser.step()
+        assert novelty.mean() < 0.5 * centres.var(0).mean(), spread
+
+
 def test_actions_of_higher_levels_have_the_joint_probability():
     """The log-probability and the entropy of 8 independent choices are sums, not means."""
     actor, feature = Actor(5, (8, 8), 16, 1), torch.randn(3, 5)
