@@ -115,7 +115,8 @@ class SubgoalAutoencoder(nn.Module):
         # KL to the uniform distribution = its entropy minus ours. It keeps all codes in use, so that whatever
         # the level above chooses means something.
         uniform = self.code_shape[0] * np.log(self.code_shape[1])
-        loss = error.sum(-1) / h.flatten(0, -2).var(0).mean() + 0.5 * (uniform - entropy(q))
+        variance = h.flatten(0, -2).var(0, correction=0).mean().clamp(min=1e-8)  # of one h: 0
+        loss = error.sum(-1) / variance + 0.5 * (uniform - entropy(q))
         return loss.mean(), error.mean(-1).detach()
 
 
