@@ -540,7 +540,7 @@ def curves_picture(groups, path):
 # ------------------------------------------------------------------------------------------------------------
 
 @torch.no_grad()
-def s5_picture(config, agent, path, lags=128):
+def s5_picture(config, agent, path):
     """What training made of level 0's S5 layers: all eigenvalues Lambda_bar, and the kernels of the first
     layer.
 
@@ -557,7 +557,7 @@ def s5_picture(config, agent, path, lags=128):
         stack = who.levels[0].world_model.sequence
         Lambda_bar, B_bar = (each.cpu() for each in stack.discretise())
         circle.plot(Lambda_bar.real.ravel(), Lambda_bar.imag.abs().ravel(), marker, label=name)  # upper half
-        powers = Lambda_bar[0] ** torch.arange(lags)[:, None]
+        powers = Lambda_bar[0] ** torch.arange(2 * config.batch_length)[:, None]  # training saw half of it
         C = stack.blocks[0].s5.C.cpu()
         kernel = real_view(powers * complex_view(B_bar[0])[:, None]) @ C  # (input, lag, output)
         for i in range(3):
