@@ -203,7 +203,7 @@ def dream_film(agent, env, game, seed, path, context=3 * SECOND, steps=15 * SECO
     names, frames, total, over = env.game.get_action_meanings(), [], 0.0, False
 
     def show(image, state, action, caption):
-        reward = round(symexp(state.reward).item(), 2) + 0.0  # + 0.0: never "-0.00"
+        reward = round(state.reward.item(), 2) + 0.0  # + 0.0: never "-0.00"
         bars = [("predicted reward", reward, f"{reward:+.2f}"),
                 ("predicted continue", state.cont.item(), f"{state.cont.item():.2f}")]
         title = f"{game}    action: {names[int(action.argmax())].lower()}"
@@ -219,7 +219,7 @@ def dream_film(agent, env, game, seed, path, context=3 * SECOND, steps=15 * SECO
         nonlocal memory, total, over
         if state is start:  # the last real one, where the agent has chosen already
             return action
-        reward = symexp(state.reward).item()
+        reward = state.reward.item()
         image, total = pixels(agent, 0, state.z, state.h), total + reward
         memory, _, ticks = agent.act(memory, **env_step(image, reward))
         if not over:

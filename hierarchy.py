@@ -29,8 +29,8 @@ import numpy as np
 import torch
 from torch import nn
 
-from world_model import (MLP, TwoHot, WorldModel, entropy, log_prob, sample_onehot, straight_through, symexp,
-                         symlog, unimix)
+from world_model import (MLP, TwoHot, WorldModel, entropy, log_prob, sample_onehot, straight_through, symlog,
+                         unimix)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -139,8 +139,10 @@ class Critics(nn.Module):
     def __init__(self, inputs, rewards, units, mlp_layers):
         super().__init__()
         self.twohot = TwoHot()
-        self.nets = nn.ModuleList(MLP(inputs, len(self.twohot.bins), units, mlp_layers, zero_init=True)
+        self.nets = nn.ModuleList(MLP(inputs, len(self.twohot.values), units, mlp_layers, zero_init=True)
                                   for _ in range(rewards))
+        for net in self.nets:
+            net[-1].bias.data.copy_(self.twohot.first_logits())
 
     def forward(self, feature):
         """(..., inputs) -> two-hot logits (..., R, bins)."""
@@ -252,7 +254,7 @@ class Level(nn.Module):
                                                    self.horizon)
 
         # 3. Rewards of the states 1 ... horizon; the autoencoder learns on the way.
-        reward = {"extrinsic": symexp(states.reward[1:])}
+        reward = {"extrinsic": states.reward[1:]}
         if len(self.rewards) > 1:  # there is a level above or below; a flat agent has no use for subgoals
             loss, reward["novelty"] = self.autoencoder.loss(states.h[1:])
             metrics["loss/autoencoder"] = loss.detach()
@@ -284,13 +286,13 @@ class Level(nn.Module):
         twohot = self.critics.twohot
         logits = self.critics(feature)  # (horizon+1, N, R, bins): evaluated once, with gradients
         with torch.no_grad():
-            value = symexp(twohot.mean(logits))  # (horizon+1, N, R)
+            value = twohot.mean(logits)  # (horizon+1, N, R)
             returns = lambda_return(reward, discount[..., None], value[1:], self.lam)
             scale = self.normaliser(returns)
             advantage = ((returns - value[:-1]) / scale * self.weights).sum(-1)  # (horizon, N)
             # How likely it is that the episode has not ended before state t.
             weight = torch.cumprod(torch.cat([alive[None], discount[:-1]]), 0)
-            slow_value = symexp(twohot.mean(self.slow_critics(feature[:-1])))
+            slow_value = twohot.mean(self.slow_critics(feature[:-1]))
 
         p = self.actor(feature[:-1])  # (horizon, N, n, classes)
         # The joint probability of n independent choices: their log-probabilities are summed.

@@ -49,30 +49,42 @@ def symexp(x):
 
 
 class TwoHot(nn.Module):
-    """A scalar predicted as a distribution over bins of its symlog (DreamerV3).
+    """A number predicted as a distribution over 255 values, evenly spaced in symlog, up to 4.9e8 (DreamerV3).
 
-    A target between two bins puts its weight on both, in proportion to nearness. Classification keeps the
-    gradient's size independent of the target's size, which a squared error would not.
+    A target between two of them puts its weight on both, so that their mean is the target. Classification
+    keeps the gradient's size independent of the target's size, which a squared error would not.
     """
 
     def __init__(self, bins=255, low=-20.0, high=20.0):
         super().__init__()
         self.low, self.width = low, (high - low) / (bins - 1)
-        self.register_buffer("bins", torch.linspace(low, high, bins), persistent=False)
+        self.register_buffer("values", symexp(torch.linspace(low, high, bins)), persistent=False)
+
+    def first_logits(self, zero=0.0):
+        """(bins,) logits to start with: larger numbers are ever rarer, `zero` is the logit of 0. If all were
+        alike, a thousandth of the weight on the outermost value would outweigh all that is learned."""
+        logits = -2.0 * symlog(self.values).abs()
+        logits[len(logits) // 2] = zero
+        return logits
 
     def mean(self, logits):
-        """(..., bins) -> (...): symlog of the prediction; `symexp` leads back to the scale of the target."""
-        with full_precision(logits.device.type):  # in bfloat16 it would be as coarse as the bins are wide
-            return torch.softmax(logits, -1) @ self.bins
+        """(..., bins) -> (...): the expected number, as in DreamerV3's last version.
+
+        Hieros takes symexp of the mean symlog instead. For a reward of 100 that comes in one case of ten,
+        this is not 10 but 0.6: what is large and unsure would hardly count in a dream.
+        """
+        with full_precision(logits.device.type):  # in bfloat16 it would be as coarse as the values are apart
+            return torch.softmax(logits, -1) @ self.values
 
     def loss(self, logits, *targets):
         """Cross-entropies to the two-hot codes of the targets (...), summed over the targets: (...). The code
         itself, 255 wide, is never built."""
-        position = ((symlog(torch.stack(targets, -1)) - self.low) / self.width).clamp(0, len(self.bins) - 1)
+        targets = torch.stack(targets, -1)
         # A target of NaN must stay a NaN, not become an index.
-        below = position.long().clamp(0, len(self.bins) - 2)  # (..., targets)
+        below = ((symlog(targets) - self.low) / self.width).long().clamp(0, len(self.values) - 2)
+        low, high = self.values[below], self.values[below + 1]  # (..., targets)
         near = torch.log_softmax(logits, -1).gather(-1, torch.cat([below, below + 1], -1))
-        return -torch.lerp(*near.chunk(2, -1), position - below).sum(-1)
+        return -torch.lerp(*near.chunk(2, -1), ((targets - low) / (high - low)).clamp(0, 1)).sum(-1)
 
 
 def unimix(logits, share=0.01):
@@ -210,7 +222,7 @@ class State(NamedTuple):
     z: torch.Tensor        # (..., 32, 32)               one-hot
     h: torch.Tensor        # (..., H)
     entropy: torch.Tensor  # (...)  of the distribution that z was drawn from: how sure the model is
-    reward: torch.Tensor   # (...)  symlog(r^)
+    reward: torch.Tensor   # (...)  r^
     cont: torch.Tensor     # (...)  c^
 
     def map(self, function):
@@ -219,8 +231,8 @@ class State(NamedTuple):
 
     def feature(self, subgoal):
         """What actor and critics see: [z, h, symlog(r^), symlog(c^), symlog(entropy), subgoal code]."""
-        scalars = torch.log1p(torch.stack([self.cont, self.entropy], -1))  # symlog of what is not negative
-        return torch.cat([self.z.flatten(-2), self.h, self.reward[..., None], scalars, subgoal], -1)
+        scalars = symlog(torch.stack([self.reward, self.cont, self.entropy], -1))
+        return torch.cat([self.z.flatten(-2), self.h, scalars, subgoal], -1)
 
 
 class WorldModel(nn.Module):
@@ -265,12 +277,12 @@ class WorldModel(nn.Module):
         self.prior_head = MLP(hidden, stoch * classes, units, layers=1)
         # Reward and continue share a trunk: they look for the same events, and half the work is saved.
         self.twohot = TwoHot()
-        self.outcome = MLP(inputs, len(self.twohot.bins) + 1, units, mlp_layers, zero_init=True)
-        # They begin with what is true of most steps: no reward (the middle bin), and the game goes on. Left
-        # to learn that from zeros, their first gradients are the largest of all, point the same way in each
-        # step and push the encoder to a constant z, from which it may not come back.
+        self.outcome = MLP(inputs, len(self.twohot.values) + 1, units, mlp_layers, zero_init=True)
+        # They begin with what is true of most steps: no reward, and the game goes on. Left to learn that from
+        # zeros, their first gradients are the largest of all, point the same way in each step and push the
+        # encoder to a constant z, from which it may not come back.
         with torch.no_grad():
-            self.outcome[-1].bias[len(self.twohot.bins) // 2], self.outcome[-1].bias[-1] = 8.0, 5.0
+            self.outcome[-1].bias[:-1], self.outcome[-1].bias[-1] = self.twohot.first_logits(zero=8.0), 5.0
 
     # ---- one state ----
 
