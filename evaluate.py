@@ -311,9 +311,10 @@ def subgoal_study(agent, env, seed, steps=4000):
     any.
 
     reached: cosine-max of a goal and the state in which its time is up. That alone proves nothing, since
-    states resemble each other; so beside it `before`, the same with the state in which the goal was set, and
-    `shuffled`, with the goal of another time. obeyed: by how much another goal would change what the level
-    does, as total variation of its action's distribution: 0 not at all, 1 entirely.
+    states resemble each other; so beside it `before`, the same with the state in which the goal was set,
+    `shuffled`, with the goal of another time, and `possible`, with the best goal: that state itself, as far
+    as a code can tell it. obeyed: by how much another goal would change what the level does, as total
+    variation of its action's distribution: 0 not at all, 1 entirely.
     """
     lower = range(len(agent.levels) - 1)
     codes, states, ends = ([[] for _ in lower] for _ in range(3))
@@ -331,10 +332,12 @@ def subgoal_study(agent, env, seed, steps=4000):
         code, end, state = torch.cat(codes[i][:count]), torch.cat(ends[i]), State(
             *map(torch.cat, zip(*states[i][:count])))
         other = code.roll(count // 2, 0)
+        best = sample_onehot(level.autoencoder.encode(end)).flatten(-2)
         goal, policy = level.autoencoder.decode(code), level.actor(state.feature(code))
         values = {"goals": count, "reached": cosine_max(goal, end).mean(),
                   "before": cosine_max(goal, state.h).mean(),
                   "shuffled": cosine_max(level.autoencoder.decode(other), end).mean(),
+                  "possible": cosine_max(level.autoencoder.decode(best), end).mean(),
                   "obeyed": 0.5 * (policy - level.actor(state.feature(other))).abs().sum(-1).mean()}
         study.append({"level": i} | {name: round(float(value), 4) for name, value in values.items()})
     return study

@@ -100,6 +100,10 @@ class SubgoalAutoencoder(nn.Module):
         self.encoder = MLP(hidden, size, units, mlp_layers)
         self.decoder = MLP(size, hidden, units, mlp_layers)  # ends linear: h may have any sign and size
 
+    def encode(self, h):
+        """h (..., H) -> probabilities of its code (..., 8, 8)."""
+        return unimix(self.encoder(h).float().unflatten(-1, self.code_shape))
+
     def decode(self, code):
         """(..., 8*8) -> g_h (..., H)."""
         return self.decoder(code).float()
@@ -110,7 +114,7 @@ class SubgoalAutoencoder(nn.Module):
         The first error is in units of the variance of this h (..., H). A level's h varies by 0.3 in one game
         and by 0.8 in another; where it is little, the KL alone would count, and all codes mean the same.
         """
-        q = unimix(self.encoder(h).float().unflatten(-1, self.code_shape))
+        q = self.encode(h)
         error = (self.decode(straight_through(q).flatten(-2)) - h).square()
         # KL to the uniform distribution = its entropy minus ours. It keeps all codes in use, so that whatever
         # the level above chooses means something.

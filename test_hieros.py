@@ -1614,9 +1614,11 @@ def test_subgoals_are_judged_where_their_time_is_up(monkeypatch):
                         lambda goal, h: compared.append((goal, h[:, 0].tolist())) or torch.ones(len(h)))
     with torch.inference_mode():
         study, = evaluate.subgoal_study(agent, Echo(6), 0, steps=5 * 7)  # an episode: ticks at 0, 4 and 6
-        assert study == {"level": 0, "goals": 10, "reached": 1, "before": 1, "shuffled": 1, "obeyed": 0}
-        (goal, end), (same, start), (other, _) = compared
-        assert end == 5 * [4, 6] and start == 5 * [0, 4]
+        assert study == {"level": 0, "goals": 10, "reached": 1, "before": 1, "shuffled": 1, "possible": 1,
+                         "obeyed": 0}
+        (goal, end), (same, start), (other, _), (best, last) = compared
+        assert end == last == 5 * [4, 6] and start == 5 * [0, 4]
+        assert best.shape == goal.shape and (best.sum(-1) == 8).all()
         assert torch.equal(goal, same) and torch.equal(goal.roll(5, 0), other)
         torch.nn.init.normal_(level.actor.net[-1].weight)  # from now on what it does depends on everything
         assert evaluate.subgoal_study(agent, Echo(6), 0, steps=35)[0]["obeyed"] > 0.1
