@@ -191,6 +191,10 @@ def test_symlog_and_twohot_round_trip():
         twohot.loss(logits, numbers).sum().backward()
         optimiser.step()
     assert torch.allclose(twohot.mean(logits), numbers, rtol=0.02, atol=0.01)
+    # The loss's gradient is prediction minus code: the mean of the code is the target, not only nearly.
+    twohot, logits = twohot.double(), torch.zeros(len(numbers), 255, dtype=torch.double, requires_grad=True)
+    gradient, = torch.autograd.grad(twohot.loss(logits, numbers.double()).sum(), logits)
+    assert torch.allclose(twohot.mean(logits) - gradient @ twohot.values, numbers.double(), rtol=1e-4, atol=1e-4)
 
 
 def test_rare_large_rewards_count_in_full():
@@ -331,6 +335,14 @@ def test_an_untrained_model_expects_an_ordinary_step():
     reward_logits, cont_logit = model._outcome(torch.rand(5, 4, 8), torch.randn(5, 32))
     assert model.twohot.mean(reward_logits).abs().max() < 1e-5 and torch.sigmoid(cont_logit).min() > 0.99
     assert model.twohot.loss(reward_logits, torch.zeros(5)).max() < 0.1
+
+
+def test_untrained_critics_promise_nothing():
+    """Before their first update critics foresee a return of zero, of which no huge value is a part."""
+    critics = small(3).levels[1].critics
+    logits = critics(torch.randn(5, critics.nets[0][0].in_features))
+    assert logits.shape == (5, 3, 255) and critics.twohot.mean(logits).abs().max() < 1e-4
+    assert (torch.softmax(logits, -1) * critics.twohot.values).abs().max() < 0.1
 
 
 @pytest.mark.parametrize("first_stride", [2, 4])
@@ -626,7 +638,8 @@ def test_the_encoder_starts_sharp_and_learns_at_its_own_rate():
         assert torch.equal(p, before[name]) == name.startswith("encoder."), name
 
 
-# One update of each level as it was before the code was made fast.
+# One update of each level in plain code, from before the code was made fast; where the mathematics has changed
+# since, taken anew, after a look at which numbers should move and which not.
 PINNED = [
     {"loss/image": 2061.79663, "loss/rew": 8.19391, "loss/con": 2.49940, "kl": 0.81844, "loss/policy":
      0.05331, "loss/autoencoder": 281.73654, "loss/value_extrinsic": 1.75907, "loss/value_subgoal":
@@ -1609,6 +1622,7 @@ def test_subgoals_are_judged_where_their_time_is_up(monkeypatch):
     agent, compared = small(levels=2), []
     level, step = agent.levels[0], agent.levels[0].world_model.step
     level.world_model.step = lambda x, z, a, o: step(x, z, a, o)._replace(h=o[:, 3:].repeat(1, 64))  # h: time
+    level.autoencoder.encode = lambda h: F.one_hot(h[:, :8].long(), 8).float()
     level.autoencoder.decode = lambda code: code
     monkeypatch.setattr(evaluate, "cosine_max",
                         lambda goal, h: compared.append((goal, h[:, 0].tolist())) or torch.ones(len(h)))
@@ -1618,7 +1632,7 @@ def test_subgoals_are_judged_where_their_time_is_up(monkeypatch):
                          "obeyed": 0}
         (goal, end), (same, start), (other, _), (best, last) = compared
         assert end == last == 5 * [4, 6] and start == 5 * [0, 4]
-        assert best.shape == goal.shape and (best.sum(-1) == 8).all()
+        assert best.unflatten(-1, (8, 8)).argmax(-1)[:, 0].tolist() == last
         assert torch.equal(goal, same) and torch.equal(goal.roll(5, 0), other)
         torch.nn.init.normal_(level.actor.net[-1].weight)  # from now on what it does depends on everything
         assert evaluate.subgoal_study(agent, Echo(6), 0, steps=35)[0]["obeyed"] > 0.1
