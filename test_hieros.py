@@ -360,7 +360,7 @@ def test_an_untrained_model_paints_the_mean_of_what_it_has_seen():
     for shape in ((6,), (3, 64, 64)):
         model, batches = WorldModel(shape, 3, **TINY), torch.rand(5, 2, 4, *shape)
         for batch in batches:
-            model.centre(batch)
+            model.adapt(batch)
         assert torch.allclose(model.mean, batches.mean((0, 1, 2)), atol=1e-5)
         painted = model.decode(torch.rand(1, 4, 8), torch.randn(1, 32))
         assert torch.allclose(painted[0], model.mean) and painted.shape == (1, *shape)
