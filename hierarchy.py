@@ -77,8 +77,7 @@ class ReturnNormaliser(nn.Module):
                      for at in (0.05 * (len(ordered) - 1), 0.95 * (len(ordered) - 1)))
         self.updates += 1
         # A plain mean at first: the initial zero is forgotten at once and not over 1/(1 - decay) updates.
-        share = torch.clamp(1 / self.updates, min=1 - self.decay)
-        self.range += share * (high - low - self.range)
+        self.range.lerp_(high - low, self.updates.reciprocal().clamp(min=1 - self.decay))
         return torch.maximum(self.range, self.floors)
 
 

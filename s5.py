@@ -31,9 +31,9 @@ from torch import nn
 # The recurrence x_t = a_t x_{t-1} + b_t, twice: slowly (to read) and in parallel (to use)
 # ------------------------------------------------------------------------------------------------------------
 
-def scan_sequential(a, b, initial):
-    """What `scan` computes, step after step: x_t = a_t x_{t-1} + b_t from x_{-1} = initial."""
-    x, states = initial, []
+def scan_sequential(a, b):
+    """What `scan` computes, step after step: x_t = a_t x_{t-1} + b_t from a state of zeros."""
+    x, states = torch.zeros_like(b[:, 0]), []
     for t in range(b.shape[1]):
         x = a[:, t] * x + b[:, t]
         states.append(x)
@@ -51,8 +51,8 @@ def stride_products(a):
 
 
 def _prefix(products, x, reverse=False):
-    """What `scan_sequential` computes from a state of zeros, in ceil(log2(T)) rounds and in place: x
-    (B,T,...) holds the inputs b_t and becomes the states. Two neighbouring steps compose into one,
+    """What `scan_sequential` computes, in ceil(log2(T)) rounds and in place: x (B,T,...) holds the inputs b_t
+    and becomes the states. Two neighbouring steps compose into one,
 
         (a_2, b_2) o (a_1, b_1) = (a_2 a_1,  a_2 b_1 + b_2)        (S5, Section 2.2)
 
@@ -76,33 +76,28 @@ class _Scan(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, a, b, initial, *products):
-        x = b.clone()
-        x[:, 0].addcmul_(a[:, 0], initial)  # the state before the sequence is part of the first input
-        _prefix(products, x)
-        ctx.save_for_backward(a, x, initial, *products)
+    def forward(ctx, a, b, *products):
+        x = _prefix(products, b.clone())
+        ctx.save_for_backward(x, *products)
         return x
 
     @staticmethod
     def backward(ctx, grad):
-        a, x, initial, *products = ctx.saved_tensors
+        x, *products = ctx.saved_tensors
         conj_dx = _prefix(products, torch.conj_physical(grad), reverse=True)
-        da = torch.conj_physical(conj_dx * torch.cat([initial[:, None], x[:, :-1]], 1))
-        dx = torch.conj_physical(conj_dx)
-        d_initial = dx[:, 0] * a[:, 0].conj() if ctx.needs_input_grad[2] else None
-        return da, dx, d_initial, *[None] * len(products)
+        previous = F.pad(x[:, :-1], (0, 0) * (x.ndim - 2) + (1, 0))  # x_{t-1}
+        return torch.conj_physical(conj_dx * previous), torch.conj_physical(conj_dx), *[None] * len(products)
 
 
-def scan(a, b, initial, products=None):
-    """All states of x_t = a_t x_{t-1} + b_t with x_{-1} = initial, in parallel over time.
+def scan(a, b, products=None):
+    """All states of x_t = a_t x_{t-1} + b_t from a state of zeros, in parallel over time.
 
-    a, b: (B,T,...) of one shape and dtype, real or complex, initial: (B,...), else ValueError. products:
-    what `stride_products(a)` returned, if at hand. Returns x of the shape of b.
+    a, b: (B,T,...) of one shape and dtype, real or complex, else ValueError. products: what
+    `stride_products(a)` returned, if at hand. Returns x of the shape of b.
     """
-    if a.shape != b.shape or initial.shape != b[:, 0].shape:
-        raise ValueError(f"scan needs a and b of one shape and a state of theirs without time, got"
-                         f" {tuple(a.shape)}, {tuple(b.shape)} and {tuple(initial.shape)}")
-    return _Scan.apply(a, b, initial, *(products or stride_products(a.detach())))
+    if a.shape != b.shape:
+        raise ValueError(f"scan needs a and b of one shape, got {tuple(a.shape)} and {tuple(b.shape)}")
+    return _Scan.apply(a, b, *(products or stride_products(a.detach())))
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -196,10 +191,10 @@ class S5Layer(nn.Module):
 
     # Both modes get what does not depend on the input from S5Stack, which computes it for all layers at once.
 
-    def forward(self, u, state, a, B_bar, products):
-        """A whole sequence in parallel: u (B,T,H), the state before it (B,P/2), the factors a (B,T,P/2),
-        B_bar (H,P), stride_products(a). Returns y (B,T,H) and *all* states (B,T,P/2)."""
-        x = scan(a, complex_view(u @ B_bar), state, products)
+    def forward(self, u, a, B_bar, products):
+        """A whole sequence in parallel: u (B,T,H), the factors a (B,T,P/2), B_bar (H,P), stride_products(a).
+        Returns y (B,T,H) and *all* states (B,T,P/2)."""
+        x = scan(a, complex_view(u @ B_bar), products)
         return real_view(x) @ self.C + self.D * u, x
 
     def step(self, u, kept, B_bar):
@@ -250,8 +245,8 @@ class S5Stack(nn.Module):
         return zero_order_hold(*map(torch.stack, zip(*layers)))
 
     @torch.compiler.disable  # torch.compile knows no gradients of complex numbers
-    def forward(self, u, state, reset):
-        """A whole sequence in parallel. u: (B,T,H); state before it: (B,layers,P/2); reset: (B,T) bool.
+    def forward(self, u, reset):
+        """A whole sequence in parallel, from a state of zeros. u: (B,T,H); reset: (B,T) bool.
 
         Where reset is true the state forgets everything before that step. That needs no third element in the
         scan's operator (as in Lu et al. 2023): with a_t = 0 nothing earlier reaches x_t, in values or in
@@ -259,15 +254,14 @@ class S5Stack(nn.Module):
         not fit.
         """
         B, T, H = u.shape
-        if H != self.features or state.shape != (B, *self.state_shape) or reset.shape != (B, T):
-            raise ValueError(f"S5Stack of H={self.features}, (layers, P/2)={self.state_shape} got u"
-                             f" {tuple(u.shape)}, state {tuple(state.shape)}, reset {tuple(reset.shape)};"
-                             " expected (B,T,H), (B,layers,P/2), (B,T)")
+        if H != self.features or reset.shape != (B, T):
+            raise ValueError(f"S5Stack of H={self.features} got u {tuple(u.shape)}, reset"
+                             f" {tuple(reset.shape)}; expected (B,T,H), (B,T)")
         with full_precision(u.device.type):
             Lambda_bar, B_bar = self.discretise()
             a = Lambda_bar * (~reset)[..., None, None]  # (B, T, layers, P/2)
             products, u, states = stride_products(a.detach()), u.float(), []
-            for i, (block, *own) in enumerate(zip(self.blocks, state.unbind(1), a.unbind(2), B_bar)):
+            for i, (block, *own) in enumerate(zip(self.blocks, a.unbind(2), B_bar)):
                 u, x = block(u, *own, [each[:, :, i] for each in products])
                 states.append(x)
             return u, torch.stack(states, 2)
@@ -299,8 +293,9 @@ class GRUStack(nn.Module):
     def discretise(self):
         """Nothing to prepare: a GRU is discrete."""
 
-    def forward(self, u, state, reset):
+    def forward(self, u, reset):
         """As S5Stack.forward."""
+        state = torch.zeros(len(u), *self.state_shape, dtype=torch.cfloat, device=u.device)
         steps = []
         for u_t, forget in zip(u.unbind(1), reset.unbind(1)):
             m, state = self.step(u_t, state * ~forget[:, None, None])
@@ -342,7 +337,7 @@ if __name__ == "__main__":  # a demonstration: parallel = recurrent, and what le
     attention = nn.ModuleList(nn.ModuleList([nn.Linear(H, 3 * H), nn.Linear(H, H)]) for _ in range(2))
     u, state = torch.randn(4, 64, H), torch.zeros(4, *stack.state_shape, dtype=torch.cfloat)
     reset = torch.rand(4, 64) < 0.05
-    y, _ = stack(u, state, reset)
+    y, _ = stack(u, reset)
     for t in range(64):
         y_t, state = stack.step(u[:, t], state * ~reset[:, t, None, None])
         assert torch.allclose(y_t, y[:, t], atol=1e-4)
@@ -364,7 +359,7 @@ if __name__ == "__main__":  # a demonstration: parallel = recurrent, and what le
     for T in [16 * 4 ** i for i in range(6 if picture else 4)]:  # the last two take minutes
         u, one, x = torch.randn(1, T, H), torch.randn(1, 1, H), 0 * state[:1].detach()
         no_reset = torch.zeros(1, T, dtype=torch.bool)
-        train = [lambda: stack(u, x, no_reset)[0], lambda: gru(u)[0], lambda: attend(u)]
+        train = [lambda: stack(u, no_reset)[0], lambda: gru(u)[0], lambda: attend(u)]
         cache = torch.randn(2, 1, 4, T, H // 4).unbind()
         step = [lambda: stack.step(one[:, 0], x, discretised), lambda: gru(one), lambda: attend(one, cache)]
         row = [milliseconds(lambda: f().sum().backward()) for f in train]

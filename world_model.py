@@ -82,8 +82,9 @@ class TwoHot(nn.Module):
         targets = torch.stack(targets, -1)
         # A target of NaN must stay a NaN, not become an index.
         below = ((symlog(targets) - self.low) / self.width).long().clamp(0, len(self.values) - 2)
-        low, high = self.values[below], self.values[below + 1]  # (..., targets)
-        near = torch.log_softmax(logits, -1).gather(-1, torch.cat([below, below + 1], -1))
+        around = torch.cat([below, below + 1], -1)
+        low, high = self.values[around].chunk(2, -1)  # (..., targets)
+        near = torch.log_softmax(logits, -1).gather(-1, around)
         return -torch.lerp(*near.chunk(2, -1), ((targets - low) / (high - low)).clamp(0, 1)).sum(-1)
 
 
@@ -307,7 +308,7 @@ class WorldModel(nn.Module):
         costs in KL, so z leaves it out, however long one trains.
         """
         self.batches += 1
-        share = torch.clamp(1 / self.batches, min=1e-3)
+        share = self.batches.reciprocal().clamp(min=1e-3)
         self.mean.lerp_(observation.mean(0).mean(0), share)  # over both at once takes three times as long
         self.square.lerp_(observation.square().mean(0).mean(0), share)
         variance = (self.square - self.mean.square()).clamp(min=self.FLOOR ** 2)
@@ -332,7 +333,8 @@ class WorldModel(nn.Module):
     def _outcome(self, z, h):
         """Reward logits (..., bins) and the continue logit (...)."""
         output = self.outcome(torch.cat([z.flatten(-2), h], -1)).float()
-        return output[..., :-1], output[..., -1]
+        reward_logits, cont_logit = output.split([len(self.twohot.values), 1], -1)
+        return reward_logits, cont_logit.squeeze(-1)
 
     def _state(self, x, z, h, p):
         reward_logits, cont_logit = self._outcome(z, h)
@@ -363,10 +365,8 @@ class WorldModel(nn.Module):
         q = self.posterior(observation.flatten(0, 1)).unflatten(0, (B, T))
         z = straight_through(q)
         zza = torch.cat([z.flatten(-2), action], -1)  # [z_t, a_t]
-        previous = torch.cat([torch.zeros_like(zza[:, :1]), zza[:, :-1]], 1)  # [z_{t-1}, a_{t-1}]
-        previous = previous * (~is_first)[..., None]
-        x, _ = self.initial(B, observation.device)
-        m, x = self.sequence(self.inputs(previous), x, is_first)
+        previous = F.pad(zza[:, :-1], (0, 0, 1, 0)) * (~is_first)[..., None]  # [z_{t-1}, a_{t-1}]
+        m, x = self.sequence(self.inputs(previous), is_first)
         return z, self._h(x), x, q, self.prior(m)
 
     def loss(self, observation, action, reward, is_first, is_terminal):
