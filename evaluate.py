@@ -85,8 +85,8 @@ def pixels(agent, i, z, h):
 
 
 def image_bytes(observation):
-    """(...,3,64,64) in [-0.5, 0.5] -> (...,64,64,3) bytes."""
-    return ((observation.movedim(-3, -1) + 0.5) * 255).clamp(0, 255).round().byte().cpu().numpy()
+    """(...,3,64,64) in [0, 1] -> (...,64,64,3) bytes."""
+    return (observation.movedim(-3, -1) * 255).clamp(0, 255).round().byte().cpu().numpy()
 
 
 # ------------------------------------------------------------------------------------------------------------

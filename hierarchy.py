@@ -227,7 +227,7 @@ class Level(nn.Module):
         """The observation of a replay batch as the world model sees it: floats, one-hot, stacked."""
         if "observation" in batch:  # level 0: an image as bytes, channels last, or a vector
             o = batch["observation"]
-            return o.movedim(-1, -3) / 255 - 0.5 if o.dtype == torch.uint8 else o
+            return o.movedim(-1, -3) / 255 if o.dtype == torch.uint8 else o
         # Number 0, where there was no state yet, becomes zeros.
         z = onehot(batch["z"], self.world_model.z_shape[1], first=1).flatten(-2)
         return torch.cat([z, batch["h"]], -1).flatten(-2)

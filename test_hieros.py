@@ -291,7 +291,7 @@ def test_actions_are_aligned_with_what_they_cause():
             loss.backward()
             optimiser.step()
         observation, action, first = jump_batch(64)
-        _, h, _, _, p = model.observe(observation, action.roll(-shift, 1), first)
+        _, h, _, _, p = model.observe(model.normalise(observation), action.roll(-shift, 1), first)
         foreseen = model.decode(onehot(p.argmax(-1), 8), h)  # the likeliest z of the prior, decoded
         accuracy[shift] = (foreseen.argmax(-1) == observation.argmax(-1))[:, 1:].float().mean().item()
     assert accuracy[0] > 0.9 and accuracy[1] < 0.5, accuracy
@@ -372,7 +372,7 @@ def test_an_untrained_model_paints_the_mean_of_what_it_has_seen():
 def test_world_model_overfits_one_batch_of_images():
     """Every head can learn: on one batch of images, rewards and ends all losses fall to nearly nothing."""
     model = WorldModel((3, 64, 64), 3, **TINY | dict(units=64, hidden=64, depth=16))
-    image = torch.rand(2, 8, 3, 4, 4).repeat_interleave(16, -1).repeat_interleave(16, -2) - 0.5
+    image = torch.rand(2, 8, 3, 4, 4).repeat_interleave(16, -1).repeat_interleave(16, -2)
     action = F.one_hot(torch.randint(3, (2, 8)), 3).float()
     reward, ends = torch.zeros(2, 8), torch.zeros(2, 8).bool()
     reward[0, 4], reward[1, 7], ends[1, 7] = 1.0, -20.0, True
@@ -1659,7 +1659,7 @@ def test_open_loop_error_against_its_baselines():
     by its last frame, and the mean frame's error is the variance of the frames."""
     torch.manual_seed(0)
     T = evaluate.CONTEXT + evaluate.HORIZON
-    truth = torch.rand(3, 1, 3, 64, 64).repeat(1, T, 1, 1, 1) - 0.5
+    truth = torch.rand(3, 1, 3, 64, 64).repeat(1, T, 1, 1, 1)
     dreamed = truth.clone()
     dreamed[:, evaluate.CONTEXT + 9] += 0.5  # the tenth step is wrong
     errors = evaluate.open_loop_error(truth, dreamed)
@@ -1794,7 +1794,7 @@ def test_pictures_are_drawn(tmp_path):
 def test_open_loop_pictures_are_drawn(tmp_path, capsys):
     """The error picture and the strip of true above dreamed frames are written, and four errors printed."""
     pytest.importorskip("matplotlib")
-    truth = torch.rand(2, evaluate.CONTEXT + evaluate.HORIZON, 3, 64, 64) - 0.5
+    truth = torch.rand(2, evaluate.CONTEXT + evaluate.HORIZON, 3, 64, 64)
     evaluate.open_loop_picture(evaluate.open_loop_error(truth, truth.flip(0)), "pong", tmp_path / "error.png")
     evaluate.strip_picture(truth[0], truth[1], "pong", tmp_path / "strip.png")
     assert (tmp_path / "error.png").stat().st_size > 5000 and (tmp_path / "strip.png").stat().st_size > 50_000

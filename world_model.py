@@ -16,7 +16,7 @@ arXiv 2301.04104) for symlog, two-hot, unimix and the KL balance. Read s5.py bef
 
 Symbols (the same in every file):
     B, T     batch of sequences, time steps
-    o        (B,T,3,64,64) image in [-0.5, 0.5], or (B,T,D) vector
+    o        (B,T,3,64,64) image in [0, 1], or (B,T,D) vector; `seen` is the same normalised
     z        (B,T,32,32) stochastic state: 32 categoricals of 32 classes, one-hot
     x, m     (B,T,layers,P/2) complex state and (B,T,H) output of the S5 stack
     h        (B,T,H) deterministic state, what the heads and the actor see
@@ -318,9 +318,9 @@ class WorldModel(nn.Module):
         """(..., *observation_shape) as encoder and decoder know it."""
         return (observation - self.mean) * self.gain
 
-    def posterior(self, observation):
-        """Probabilities q(z | o): (N, *observation_shape) -> (N, 32, 32)."""
-        return unimix(self.encoder(self.normalise(observation)).float().unflatten(-1, self.z_shape))
+    def posterior(self, seen):
+        """Probabilities q(z | o): (N, *observation_shape), normalised -> (N, 32, 32)."""
+        return unimix(self.encoder(seen).float().unflatten(-1, self.z_shape))
 
     def prior(self, m):
         """Probabilities p(z | m): (..., H) -> (..., 32, 32)."""
@@ -349,20 +349,20 @@ class WorldModel(nn.Module):
     def step(self, x, z, action, observation, discretised=None):
         """Acting: from (x_{t-1}, z_{t-1}, a_{t-1}) and o_t to the State at t. Zeros at an episode's start."""
         _, x, h = self.advance(x, z, action, discretised)
-        q = self.posterior(observation)
+        q = self.posterior(self.normalise(observation))
         return self._state(x, sample_onehot(q), h, q)
 
     # ---- sequences ----
 
-    def observe(self, observation, action, is_first):
-        """All states of (B,T) observations in parallel. Returns (z, h, x, q, p), each (B,T,...).
+    def observe(self, seen, action, is_first):
+        """All states of (B,T) normalised observations in parallel. Returns (z, h, x, q, p), each (B,T,...).
 
         action[:, t] is the one chosen *after* observation t, as the replay stores it; it is shifted here,
         once, so that training sees the same a_{t-1} as acting and imagining do (the published code feeds a_t
         instead). At the first step of an episode, and of the sequence, both inputs and the state are zero.
         """
         B, T = is_first.shape
-        q = self.posterior(observation.flatten(0, 1)).unflatten(0, (B, T))
+        q = self.posterior(seen.flatten(0, 1)).unflatten(0, (B, T))
         z = straight_through(q)
         zza = torch.cat([z.flatten(-2), action], -1)  # [z_t, a_t]
         previous = F.pad(zza[:, :-1], (0, 0, 1, 0)) * (~is_first)[..., None]  # [z_{t-1}, a_{t-1}]
@@ -378,9 +378,12 @@ class WorldModel(nn.Module):
         Returns (loss, states (B,T) without gradients, metrics).
         """
         self.adapt(observation)
-        z, h, x, q, p = self.observe(observation, action, is_first)
+        seen = self.normalise(observation)
+        z, h, x, q, p = self.observe(seen, action, is_first)
         reward_logits, cont_logit = self._outcome(z, h)
-        error = F.mse_loss(self._paint(z, h), self.normalise(observation), reduction="sum") / is_first.numel()
+        # Colours last, as images lie in memory: mse_loss would lay out its gradient otherwise, to be moved back.
+        painted, seen = self._paint(z, h).movedim(2, -1), seen.movedim(2, -1)
+        error = F.mse_loss(painted, seen, reduction="sum") / is_first.numel()
         losses = {"image" if observation.ndim == 5 else "vector": error,
                   "rew": self.twohot.loss(reward_logits, reward).mean(),
                   "con": F.binary_cross_entropy_with_logits(cont_logit, (~is_terminal).float())}
@@ -438,7 +441,8 @@ class WorldModel(nn.Module):
         observation (B,T,...), action (B,T,A), is_first (B,T) -> decoded observations (B,T,...):
         reconstructions of the first `context`, then the dream of the T - context that follow.
         """
-        z, h, x, _, _ = self.observe(observation[:, :context], action[:, :context], is_first[:, :context])
+        seen = self.normalise(observation[:, :context])
+        z, h, x, _, _ = self.observe(seen, action[:, :context], is_first[:, :context])
         frames = [self.decode(z, h)]
         z, x, discretised = z[:, -1], x[:, -1], self.sequence.discretise()
         for t in range(context, observation.shape[1]):
