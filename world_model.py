@@ -246,9 +246,10 @@ class WorldModel(nn.Module):
     the length of the training sequences. sequence: "s5", or "gru" to compare.
     """
 
-    # The deviation of a normalised pixel, which weighs the image's error against reward and KL, and the
-    # least deviation that counts: flicker that hardly ever comes is not blown up.
-    SPREAD, FLOOR = 0.2, 0.02
+    # The variance of a normalised observation, all its numbers together, which weighs its error against reward
+    # and KL: whether much moves in a game or little. And the least deviation that counts: flicker that hardly
+    # ever comes is not blown up.
+    VARIANCE, FLOOR = 60.0, 0.02
 
     def __init__(self, observation_shape, action_size, stoch=32, classes=32, hidden=256, state_size=128,
                  s5_layers=8, units=256, mlp_layers=2, depth=24, first_stride=2, sharpness=1.0,
@@ -311,8 +312,10 @@ class WorldModel(nn.Module):
         share = self.batches.reciprocal().clamp(min=1e-3)
         self.mean.lerp_(observation.mean(0).mean(0), share)  # over both at once takes three times as long
         self.square.lerp_(observation.square().mean(0).mean(0), share)
-        variance = (self.square - self.mean.square()).clamp(min=self.FLOOR ** 2)
-        self.gain.copy_(self.SPREAD * variance.rsqrt())
+        variance = self.square - self.mean.square()
+        gain = variance.clamp(min=self.FLOOR ** 2).rsqrt()
+        total = (variance * gain.square()).sum()  # of what moves, each number counts 1
+        self.gain = gain * (total.clamp(min=1) / self.VARIANCE).rsqrt()
 
     def normalise(self, observation):
         """(..., *observation_shape) as encoder and decoder know it."""
