@@ -242,21 +242,18 @@ class WorldModel(nn.Module):
     stoch, classes: number of categoricals in z and their classes. hidden: H, the size of h and the features
     of the S5 layers. state_size, s5_layers: P and the number of S5 layers. units, mlp_layers: the MLPs.
     depth, first_stride: the CNN, where the observation is an image. sharpness: of the initial posterior, a
-    factor of its logits. kl_warmup: updates without the KL of the representation. memory: of the S5 layers,
-    the length of the training sequences. sequence: "s5", or "gru" to compare.
+    factor of its logits. kl_warmup: updates without the KL of the representation. observation_variance: see
+    `adapt`. memory: of the S5 layers, the length of the training sequences. sequence: "s5", or "gru" to
+    compare.
     """
-
-    # The variance of a normalised observation, all its numbers together, which weighs its error against reward
-    # and KL: whether much moves in a game or little. And the least deviation that counts: flicker that hardly
-    # ever comes is not blown up.
-    VARIANCE, FLOOR = 60.0, 0.02
 
     def __init__(self, observation_shape, action_size, stoch=32, classes=32, hidden=256, state_size=128,
                  s5_layers=8, units=256, mlp_layers=2, depth=24, first_stride=2, sharpness=1.0,
-                 kl_warmup=0, memory=64, sequence="s5"):
+                 kl_warmup=0, observation_variance=0.0, memory=64, sequence="s5"):
         super().__init__()
         self.observation_shape, self.action_size = tuple(observation_shape), action_size
-        self.z_shape, self.hidden, self.kl_warmup = (stoch, classes), hidden, kl_warmup
+        self.z_shape, self.hidden = (stoch, classes), hidden
+        self.kl_warmup, self.observation_variance = kl_warmup, observation_variance
         self.feature_size = stoch * classes + hidden + 3
         inputs = stoch * classes + hidden  # of the heads
         image = len(self.observation_shape) == 3
@@ -301,21 +298,26 @@ class WorldModel(nn.Module):
                 torch.zeros(batch, *self.z_shape, device=device))
 
     def adapt(self, observation):
-        """Let mean and gain follow a batch of observations (B,T,...).
+        """Let what `normalise` knows of the observations follow a batch (B,T,...).
 
-        Encoder and decoder see each pixel as it differs from its mean, in units of its own deviation, and the
-        decoder starts at zero. In raw pixels hundreds of updates go into the static background; with the mean
-        alone, into what is large. A ball of four pixels is a twentieth of the error of Breakout, less than it
-        costs in KL, so z leaves it out, however long one trains.
+        Encoder and decoder see only what differs from the running mean, and the decoder starts at zero.
+        Without this hundreds of updates go into the static background: the encoder's output hardly depends on
+        the frame, z says nothing, so the decoder ignores it, so nothing teaches the encoder.
+
+        A ball is lost even so: its four pixels are a twentieth of Breakout's error, less than they cost in
+        KL, so z leaves them out. Where `observation_variance` is not 0, each number counts in units of its
+        own deviation (at least 0.02, or the rarest flicker would count as much), and all of them together
+        have this variance, which weighs their error against reward and KL.
         """
         self.batches += 1
         share = self.batches.reciprocal().clamp(min=1e-3)
         self.mean.lerp_(observation.mean(0).mean(0), share)  # over both at once takes three times as long
-        self.square.lerp_(observation.square().mean(0).mean(0), share)
-        variance = self.square - self.mean.square()
-        gain = variance.clamp(min=self.FLOOR ** 2).rsqrt()
-        total = (variance * gain.square()).sum()  # of what moves, each number counts 1
-        self.gain = gain * (total.clamp(min=1) / self.VARIANCE).rsqrt()
+        if self.observation_variance:
+            self.square.lerp_(observation.square().mean(0).mean(0), share)
+            variance = self.square - self.mean.square()
+            gain = variance.clamp(min=0.02 ** 2).rsqrt()
+            total = (variance * gain.square()).sum()  # of what moves, each number counts 1
+            self.gain = gain * (total.clamp(min=1) / self.observation_variance).rsqrt()
 
     def normalise(self, observation):
         """(..., *observation_shape) as encoder and decoder know it."""
@@ -384,7 +386,7 @@ class WorldModel(nn.Module):
         seen = self.normalise(observation)
         z, h, x, q, p = self.observe(seen, action, is_first)
         reward_logits, cont_logit = self._outcome(z, h)
-        # Colours last, as images lie in memory: mse_loss would lay out its gradient otherwise, to be moved back.
+        # Colours last, as images lie in memory: else mse_loss lays out its gradient in another order.
         painted, seen = self._paint(z, h).movedim(2, -1), seen.movedim(2, -1)
         error = F.mse_loss(painted, seen, reduction="sum") / is_first.numel()
         losses = {"image" if observation.ndim == 5 else "vector": error,
