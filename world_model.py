@@ -304,10 +304,10 @@ class WorldModel(nn.Module):
         Without this hundreds of updates go into the static background: the encoder's output hardly depends on
         the frame, z says nothing, so the decoder ignores it, so nothing teaches the encoder.
 
-        A ball is lost even so: its four pixels are a twentieth of Breakout's error, less than they cost in
-        KL, so z leaves them out. Where `observation_variance` is not 0, each number counts in units of its
-        own deviation (at least 0.02, or the rarest flicker would count as much), and all of them together
-        have this variance, which weighs their error against reward and KL.
+        A ball is lost even so: its four pixels are a twentieth of Breakout's error, and z is full of the rest
+        before it comes to them. Where `observation_variance` is not 0, each number counts in units of its own
+        deviation (at least 0.02, or the rarest flicker would count as much), and all of them together have
+        this variance, which weighs their error against reward and KL.
         """
         self.batches += 1
         share = self.batches.reciprocal().clamp(min=1e-3)
