@@ -1,4 +1,7 @@
-"""The claims of this project, each a test: `pytest test_hieros.py`. A group a module; docstrings say what."""
+"""The claims of this project, each a test: `pytest test_hieros.py`. A group a module; docstrings say what.
+
+`-m "not slow"` takes about a minute. `-m gpu` runs what needs a CUDA device and is skipped without one.
+"""
 
 import copy
 import dataclasses
@@ -13,6 +16,7 @@ import subprocess
 import sys
 import time
 import tracemalloc
+import warnings
 from pathlib import Path
 
 import gymnasium
@@ -32,6 +36,8 @@ from world_model import (ImageDecoder, ImageEncoder, Patches, State, TwoHot, Wor
 
 
 HERE = Path(__file__).parent
+warnings.filterwarnings("ignore", category=pytest.PytestUnknownMarkWarning)  # no file declares slow and gpu
+slow = pytest.mark.slow
 
 
 @pytest.fixture(autouse=True)
@@ -387,6 +393,7 @@ def jump_batch(n, T=12, size=8):
     return F.one_hot(position, size).float(), F.one_hot(action, size).float(), first_flags(n, T, 0)
 
 
+@slow
 def test_actions_are_aligned_with_what_they_cause():
     """A model foresees what its actions do; trained and asked with actions shifted by one step, it cannot."""
     accuracy = {}
@@ -492,6 +499,7 @@ def test_an_untrained_model_paints_the_mean_of_what_it_has_seen(shape):
     assert torch.allclose(model.posterior(batches[0, 0] - mean), q, atol=1e-5)
 
 
+@slow
 def test_world_model_overfits_one_batch_of_images():
     """Every head can learn: on one batch of images, rewards and ends all losses fall to nearly nothing."""
     model = WorldModel((3, 64, 64), 3, **TINY | dict(units=64, hidden=64, depth=16))
@@ -589,6 +597,7 @@ def test_autoencoder_learns_signs_sizes_and_all_codes():
     assert autoencoder.loss(3 * torch.randn(128, 16))[1].mean() > 2 * novelty.mean()  # the unseen is novel
 
 
+@slow
 def test_subgoals_mean_something_however_little_h_varies():
     """The autoencoder tells states apart whether h varies much or little: the KL does not silence codes."""
     for spread in (0.1, 2.0):
@@ -928,8 +937,8 @@ def test_the_encoder_starts_sharp():
     assert sharp < 0.7 * blunt
 
 
-# One update of each level in plain code, from before the code was made fast; where the mathematics has
-# changed since, taken anew, after a look at which numbers should move and which not.
+# One update of each level in plain code. A guard for work on speed, which must not move them; what is *right*
+# the other tests say. Where the mathematics changes they are taken anew, after a look at which should move.
 PINNED = [
     {"loss/image": 2061.79663, "loss/rew": 8.19391, "loss/con": 2.49940, "kl": 0.81844, "loss/policy":
      0.05331, "loss/autoencoder": 281.73654, "loss/value_extrinsic": 1.75907, "loss/value_subgoal":
@@ -944,8 +953,8 @@ PINNED = [
      2.70420}]
 
 
-def test_fast_code_computes_what_the_plain_code_did():
-    """Losses and gradients of one update at every level are those from before the work on speed."""
+def test_speed_work_moves_no_number():
+    """Losses and gradient norms of one update at every level are those that the plainest code had."""
     agent = small(3, (64, 64, 3), horizon=5, starts=24)
     for i, (level, pinned) in enumerate(zip(agent.levels, PINNED)):
         rng, batch = np.random.default_rng(i), {}
@@ -954,26 +963,36 @@ def test_fast_code_computes_what_the_plain_code_did():
             values = (rng.normal(size=(3, 8, *shape)) if dtype == np.float32
                       else rng.integers(0, high, (3, 8, *shape)))
             batch[name] = torch.from_numpy(values.astype(dtype))
-        for p in level.parameters():
-            if not p.any():  # what starts at zero would hide mistakes
-                p.data.normal_(0, 0.05)
-        metrics = level.update(batch)
+        metrics = awake(level).update(batch)
         for name, value in pinned.items():
             assert abs(metrics[name].item() - value) < 1e-4 * max(1, abs(value)), (i, name)
 
 
 def test_bfloat16_learns_the_same_in_coarser_numbers():
-    """In bfloat16 autocast an update runs, the recurrence stays float32, the losses are those of float32."""
+    """Under bfloat16 an update has the losses of float32, and still changes every network."""
     losses = {}
     for enabled in (False, True):
         torch.manual_seed(0)
-        agent = small(2, (64, 64, 3))
-        with torch.autocast("cpu", torch.bfloat16, enabled):
+        agent = awake(small(2, (64, 64, 3), starts=16, horizon=5))
+        before = parameters_of(agent)
+        with torch.autocast("cpu", torch.bfloat16, enabled, cache_enabled=False):
             losses[enabled] = [level.update(batch_of(agent, i)) for i, level in enumerate(agent.levels)]
+        assert all((p != before[name]).any() for name, p in agent.named_parameters())
     for plain, coarse in zip(losses[False], losses[True]):
         for name in plain.keys() & {"loss/image", "loss/vector", "loss/rew", "loss/con", "loss/dyn"}:
             assert torch.allclose(plain[name], coarse[name].float(), rtol=0.05), name
         assert all(np.isfinite(value.item()) for value in coarse.values())
+
+
+def test_acting_fetches_its_results_in_one_copy(monkeypatch):
+    """A step at which all levels tick takes one copy from the device: on a GPU each would wait for it."""
+    agent, fetched = small(), []
+    memory, flags = agent.initial_memory(1), [np.array([flag]) for flag in (True, False, False)]
+    for name in ("cpu", "item", "tolist"):
+        fetch = getattr(torch.Tensor, name)
+        monkeypatch.setattr(torch.Tensor, name, lambda self, fetch=fetch: fetched.append(0) or fetch(self))
+    _, ticks = agent.act(memory, np.zeros((1, 4), np.float32), np.zeros(1), *flags, agent.discretise())
+    assert len(agent.transitions(ticks)) == 3 and len(fetched) == 1
 
 
 def tabular(action_shape, rewards=("extrinsic",), **behaviour):
@@ -1149,6 +1168,12 @@ def test_saved_pieces_become_the_same_ring(tmp_path):
     older = counting_replay(20, 5, 0.3)
     older.load(tmp_path, kept)
     assert older.total == kept < total + 1 and older.sample(20)["t"].max() < kept
+    for t in range(1073, 1078):  # and what comes instead is saved as if it had never been
+        older.add({"t": t})
+    older.save(tmp_path)
+    again = counting_replay(20, 5, 0.3)
+    again.load(tmp_path, older.total)
+    assert (again.arrays["t"] == older.arrays["t"]).all()
     with pytest.raises(ValueError, match="needs 99"):
         counting_replay(20, 5, 0.3).load(tmp_path, 99)
 
@@ -1181,6 +1206,139 @@ def test_saving_and_loading_never_copy_the_ring(tmp_path, monkeypatch):
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert (other.arrays["o"] == replay.arrays["o"]).all() and peak < 0.1 * replay.arrays["o"].nbytes, peak
+
+
+# ------------------------------------------------------------------------------------------------------------
+# On a GPU: `pytest test_hieros.py -m gpu -s`. Where a CPU can stand in for it, it does, as a test of the test
+# ------------------------------------------------------------------------------------------------------------
+
+GPU = pytest.param("cuda", marks=[pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(),
+                                                                      reason="no CUDA device")])
+on_devices = pytest.mark.parametrize("device", ["cpu", GPU])
+
+
+@pytest.fixture
+def agent_on(tmp_path):
+    """A function that makes agent and Config for a device; what it says of TF32 is taken back in the end."""
+    def make(device, awaken=True, **settings):
+        settings = dict(game="pong", preset="debug", device=device, logdir=str(tmp_path)) | settings
+        config = train.make_config(settings)
+        agent = train.make_agent(config, Catch(image=True))
+        return (awake(agent) if awaken else agent), config
+
+    flags = torch.backends.cuda.matmul, torch.backends.cudnn
+    before = [flag.allow_tf32 for flag in flags]
+    yield make
+    for flag, value in zip(flags, before):
+        flag.allow_tf32 = value
+
+
+@on_devices
+def test_an_update_on_the_device_is_the_cpus(device, agent_on, fixed_draws):
+    """From the same weights and batch an update of each level has the CPU's losses and gradients, to 1e-3."""
+    reference, _ = agent_on("cpu", precision="float32", starts=64)
+    agent, _ = agent_on(device, precision="float32", starts=64)
+    agent.load_state_dict(reference.state_dict())
+    for i, level in enumerate(reference.levels):
+        found = agent.levels[i].update(batch_of(agent, i, device=device))
+        for name, value in level.update(batch_of(reference, i)).items():
+            assert torch.allclose(found[name].cpu(), value, rtol=1e-3, atol=1e-3), (i, name)
+        for name, optimiser in level.optimisers.items():  # Adam's first mean is a tenth of the gradient
+            gradient, other = (torch.cat([o.adam.state[p]["exp_avg"].flatten().cpu() for p in o.parameters])
+                               for o in (optimiser, agent.levels[i].optimisers[name]))
+            assert (gradient - other).norm() <= 1e-3 * gradient.norm(), (i, name)
+
+
+@on_devices
+@pytest.mark.parametrize("precision", ["float32", "tf32", "bf16"])
+def test_in_any_precision_an_update_changes_every_network_and_dreams_know_it(device, precision, agent_on,
+                                                                            monkeypatch):
+    """No network is left without a gradient, and imagination uses the weights of after the model's step."""
+    agent, config = agent_on(device, precision=precision, levels=2, model_lr=1e-2)
+    before = parameters_of(agent)
+    for i, level in enumerate(agent.levels):
+        calls, model = {}, level.world_model
+        spy(monkeypatch, model, "imagine", calls)
+        with train.autocast(config):
+            level.update(batch_of(agent, i, device=device))
+        (start, _, _), (imagined, actions) = calls["imagine"]
+        with train.autocast(config), torch.no_grad():
+            h = model.sequence_step(start.x, start.z, actions[0], model.sequence.discretise())[2]
+        assert torch.allclose(imagined.h[1], h, atol=1e-3)
+    for name, p in agent.named_parameters():
+        assert (p != before[name]).any(), name
+
+
+@on_devices
+def test_a_checkpoint_changes_its_device(device, tmp_path):
+    """A run that was saved on a GPU goes on on a CPU with the same weights, and back."""
+    there = train.Run(catch_config(tmp_path, device=device, starts=32, steps=120), Catch())
+    train.train(there, progress=False)
+    for steps, other in ((140, "cpu"), (160, device)):
+        here = train.Run(catch_config(tmp_path, device=other, starts=32, steps=steps), Catch())
+        here.restore(train.load_checkpoint(tmp_path / "checkpoint.pt", other))
+        for (name, p), q in zip(here.agent.state_dict().items(), there.agent.state_dict().values()):
+            assert torch.equal(p.cpu(), q.cpu()) and p.device.type == other, name
+        train.train(here, progress=False)
+        assert here.step == steps and min(here.updates) > 0
+        there = here
+
+
+@pytest.mark.parametrize("device", [GPU])
+@pytest.mark.parametrize("precision", ["float32", "tf32", "bf16"])
+def test_no_update_waits_for_the_gpu(device, precision, agent_on):
+    """From batch to metrics nothing synchronises: the CPU can prepare while the GPU computes."""
+    agent, config = agent_on(device, precision=precision)
+    for mode in ("default", "error"):  # the first update may wait: for compiled kernels, for memory
+        for i, level in enumerate(agent.levels):
+            batch = batch_of(agent, i, device=device)
+            torch.cuda.set_sync_debug_mode(mode)
+            try:
+                with train.autocast(config):
+                    level.update(batch)
+            finally:
+                torch.cuda.set_sync_debug_mode("default")
+
+
+@on_devices
+def test_what_a_run_costs(device, agent_on, capsys):
+    """Prints memory and speed of updates and of acting at preset `paper`, and the hours of a whole run."""
+    agent, c = agent_on(device, awaken=False, preset="debug" if device == "cpu" else "paper")
+    settle = torch.cuda.synchronize if device == "cuda" else lambda: None
+
+    def seconds(call, repeats=10):
+        for i in range(3 + repeats):  # three to warm up
+            if i == 3:
+                settle()
+                begin = time.perf_counter()
+            call()
+        settle()
+        return (time.perf_counter() - begin) / repeats
+
+    memory, discretised = agent.initial_memory(1), agent.discretise()
+    observation, flags = np.zeros((1, 64, 64, 3), np.uint8), [np.zeros(1, bool)] * 3
+    lines, hours = [], 0
+    with train.autocast(c):
+        for i, level in enumerate(agent.levels):
+            batch = batch_of(agent, i, c.batch_size, c.batch_length, device)
+            if device == "cuda":
+                torch.cuda.reset_peak_memory_stats()
+            update = seconds(lambda: level.update(batch))
+            peak = torch.cuda.max_memory_allocated() / 2 ** 30 if device == "cuda" else float("nan")
+            hours += (c.steps - c.warmup) / (c.train_every * c.k ** i) * update / 3600
+            lines.append(f"level {i}: {1 / update:.1f} updates a second, {peak:.2f} GiB")
+
+        def act():
+            nonlocal memory
+            memory, ticks = agent.act(memory, observation, np.zeros(1, np.float32), *flags, discretised)
+            agent.transitions(ticks)
+
+        step = seconds(act, 100)
+    hours += c.steps * step / 3600
+    with capsys.disabled():
+        print(f"\npreset {c.preset}, {device}, {c.precision}", *lines, f"acting: {1 / step:.0f} a second",
+              f"{c.steps} steps: {hours:.1f} hours, without the game and the evaluation", sep="\n  ")
+    assert 0 < hours < 1000
 
 
 # ------------------------------------------------------------------------------------------------------------
