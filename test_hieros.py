@@ -915,9 +915,9 @@ def test_an_update_changes_every_parameter_and_nothing_is_on_the_wrong_device(le
     """One update trains all networks of a level; on the meta device, where any tensor made elsewhere and any
     peek at a value is an error, the same update runs through: it neither mixes devices nor waits for one."""
     shape = (64, 64, 3)
-    agent = small(levels, shape, actor_lr=1e-2)  # at 3e-5 two steps vanish in rounding
+    agent = small(levels, shape, actor_lr=1e-2, horizon=3)  # at 3e-5 two steps vanish in rounding
     with torch.device("meta"):
-        ghost = small(levels, shape)
+        ghost = small(levels, shape, horizon=3)
     for i, level in enumerate(agent.levels):
         before = parameters_of(level)
         for _ in range(3):  # heads that start at zero pass on gradients only later
@@ -1061,12 +1061,12 @@ def test_the_better_action_becomes_likelier_and_entropy_holds_it_back():
     moves to the return, which is 1.5 here, where both are taken equally often."""
     found = []
     for entropy_scale in (1e-3, 1.0, 10.0):
-        level, features = tabular((1, 2), entropy_scale=entropy_scale, slow=0.5)
-        start, end = (features(torch.full((64,), number)) for number in (0, 1))
-        feature, action = torch.stack([start, end]), torch.arange(64) % 2
-        for _ in range(150):
+        level, features = tabular((1, 2), entropy_scale=entropy_scale, slow=0.5, actor_lr=0.1, critic_lr=0.1)
+        start, end = (features(torch.full((8,), number)) for number in (0, 1))
+        feature, action = torch.stack([start, end]), torch.arange(8) % 2
+        for _ in range(60):
             level.update_behaviour(feature, F.one_hot(action, 2).float()[None], 2.0 - action[None, :, None],
-                                   torch.zeros(1, 64), torch.ones(64))
+                                   torch.zeros(1, 8), torch.ones(8))
         found.append(level.actor(start)[0, 0, 0].item())
         assert abs(level.critics.twohot.mean(level.critics(start))[0, 0] - 1.5) < 0.05
     assert found[0] > 0.95 and found[0] > found[1] > found[2] > 0.5, found
