@@ -1216,6 +1216,7 @@ def test_saving_and_loading_never_copy_the_ring(tmp_path, monkeypatch):
 GPU = pytest.param("cuda", marks=[pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(),
                                                                       reason="no CUDA device")])
 on_devices = pytest.mark.parametrize("device", ["cpu", GPU])
+on_devices_slowly = pytest.mark.parametrize("device", [pytest.param("cpu", marks=slow), GPU])
 
 
 @pytest.fixture
@@ -1270,7 +1271,7 @@ def test_in_any_precision_an_update_changes_every_network_and_dreams_know_it(dev
         assert (p != before[name]).any(), name
 
 
-@on_devices
+@on_devices_slowly
 def test_a_checkpoint_changes_its_device(device, tmp_path):
     """A run that was saved on a GPU goes on on a CPU with the same weights, and back."""
     there = train.Run(catch_config(tmp_path, device=device, starts=32, steps=120), Catch())
@@ -1301,7 +1302,7 @@ def test_no_update_waits_for_the_gpu(device, precision, agent_on):
                 torch.cuda.set_sync_debug_mode("default")
 
 
-@on_devices
+@on_devices_slowly
 def test_what_a_run_costs(device, agent_on, capsys):
     """Prints memory and speed of updates and of acting at preset `paper`, and the hours of a whole run."""
     agent, c = agent_on(device, awaken=False, preset="debug" if device == "cpu" else "paper")
