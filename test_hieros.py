@@ -233,6 +233,8 @@ def test_shapes_that_do_not_fit_name_both():
 
 TINY = dict(stoch=4, classes=8, hidden=32, state_size=16, s5_layers=2, memory=64, units=32, mlp_layers=1,
             depth=4, first_stride=4, sharpness=1.0, kl_warmup=0)
+BEHAVIOUR = dict(horizon=3, starts=8, gamma=0.9, lam=0.8, entropy_scale=0.05, slow=0.02, model_lr=0.0,
+                 encoder_lr=0.0, actor_lr=0.05, critic_lr=0.05, autoencoder_lr=0.0)
 
 
 def first_flags(B, T, *steps):
@@ -262,7 +264,8 @@ def test_symlog_and_twohot_round_trip():
 
 
 def test_rare_large_rewards_count_in_full():
-    """What is learned from 100 in one case of ten is 10, the expected reward, and not what is usual."""
+    """What is learned from 100 in one case of ten is 10, the expected reward, and not what is usual; bfloat16,
+    as coarse as the numbers are apart, does not round it."""
     twohot = TwoHot()
     logits, rewards = twohot.first_logits(zero=8.0), torch.tensor([100.0] + 9 * [0.0])
     optimiser = torch.optim.Adam([logits.requires_grad_()], 0.1)
@@ -270,7 +273,9 @@ def test_rare_large_rewards_count_in_full():
         optimiser.zero_grad()
         twohot.loss(logits.expand(10, -1), rewards).mean().backward()
         optimiser.step()
-    assert abs(twohot.mean(logits).item() - 10) < 0.2
+    with torch.autocast("cpu", torch.bfloat16):
+        coarse = twohot.mean(logits)
+    assert abs(twohot.mean(logits).item() - 10) < 0.2 and torch.equal(coarse, twohot.mean(logits))
 
 
 def test_samples_follow_the_probabilities():
@@ -459,12 +464,35 @@ def test_an_untrained_model_expects_an_ordinary_step():
     assert model.twohot.loss(reward_logits, torch.zeros(5)).max() < 0.1
 
 
-def test_untrained_critics_promise_nothing():
-    """Before their first update critics foresee a return of zero, of which no huge value is a part."""
-    critics = small(3).levels[1].critics
-    logits = critics(torch.randn(5, critics.nets[0][0].in_features))
-    assert logits.shape == (5, 3, 255) and critics.twohot.mean(logits).abs().max() < 1e-4
-    assert (torch.softmax(logits, -1) * critics.twohot.values).abs().max() < 0.1
+def test_untrained_critics_promise_nothing_and_policies_prefer_nothing():
+    """Before their first update critics foresee a return of zero, of which no huge value is a part, the slow
+    ones are their copies, and every action is as likely as any other."""
+    level = small(3).levels[1]
+    feature = torch.randn(5, level.critics.nets[0][0].in_features)
+    for critics in (level.critics, level.slow_critics):
+        logits = critics(feature)
+        assert logits.shape == (5, 3, 255) and critics.twohot.mean(logits).abs().max() < 1e-4
+        assert (torch.softmax(logits, -1) * critics.twohot.values).abs().max() < 0.1
+    for fast, slow in zip(level.critics.parameters(), level.slow_critics.parameters()):
+        assert torch.equal(fast, slow)
+    assert torch.allclose(level.actor(feature), torch.full((5, 8, 8), 1 / 8))
+
+
+def test_networks_have_the_layers_of_the_paper():
+    """MLPs are Linear, LayerNorm, SiLU, and end linear; images shrink by half from layer to layer, to 4x4, as
+    channels double; their norm is over the channels of a place."""
+    level = Level((3, 64, 64), (1, 3), (8, 8), (8, 8), {"extrinsic": 1.0},
+                  TINY | dict(mlp_layers=2, first_stride=2, depth=24), **BEHAVIOUR)
+    layers = [*2 * ["Linear", "LayerNorm", "SiLU"], "Linear"]
+    for mlp in (level.world_model.outcome_head, level.actor.net, *level.critics.nets,
+                level.autoencoder.encoder, level.autoencoder.decoder):
+        assert [type(layer).__name__ for layer in mlp] == layers
+    cnn = level.world_model.encoder[0]
+    assert [type(layer).__name__ for layer in cnn] == 4 * ["Conv2d", "ChannelNorm", "SiLU"] + ["Flatten"]
+    assert [cnn[i].out_channels for i in (0, 3, 6, 9)] == [24, 48, 96, 192]
+    normed = cnn[1](torch.randn(2, 24, 5, 5))
+    assert torch.allclose(normed.mean(1), torch.zeros(2, 5, 5), atol=1e-5)
+    assert torch.allclose(normed.var(1, correction=0), torch.ones(2, 5, 5), atol=1e-3)
 
 
 @pytest.mark.parametrize("first_stride", [2, 4])
@@ -1000,10 +1028,8 @@ def tabular(action_shape, rewards=("extrinsic",), **behaviour):
     """A level whose actor and critics are tables: linear in a feature that is the one-hot number of a state.
     Returns it and a function from numbers of states to their features."""
     weights = {"extrinsic": 1.0, "subgoal": 0.3, "novelty": 0.1}
-    settings = dict(horizon=3, starts=8, gamma=0.9, lam=0.8, entropy_scale=0.05, slow=0.02, model_lr=0.0,
-                    encoder_lr=0.0, actor_lr=0.05, critic_lr=0.05, autoencoder_lr=0.0) | behaviour
     level = Level((4,), action_shape, (0, 8), (8, 8), {name: weights[name] for name in rewards},
-                  TINY | dict(mlp_layers=0), **settings)
+                  TINY | dict(mlp_layers=0), **BEHAVIOUR | behaviour)
     return level, lambda number: F.one_hot(number, level.world_model.feature_size).float()
 
 
