@@ -16,8 +16,8 @@ import subprocess
 import sys
 import time
 import tracemalloc
-import warnings
 from pathlib import Path
+from warnings import filterwarnings
 
 import gymnasium
 import numpy as np
@@ -36,7 +36,7 @@ from world_model import (ImageDecoder, ImageEncoder, Patches, State, TwoHot, Wor
 
 
 HERE = Path(__file__).parent
-warnings.filterwarnings("ignore", category=pytest.PytestUnknownMarkWarning)  # no file declares slow and gpu
+filterwarnings("ignore", category=pytest.PytestUnknownMarkWarning)  # no file declares slow and gpu
 slow = pytest.mark.slow
 
 
@@ -798,6 +798,21 @@ def test_acting_leaves_the_memory_it_was_given_alone():
     first, second = (new["levels"] for new, _ in outcomes)
     assert all(torch.equal(a["x"], b["x"]) for a, b in zip(first, second))
     assert (first[0]["x"] != 0).any()
+
+
+def test_an_episode_that_was_broken_off_leaves_nothing(fixed_draws):
+    """A start that follows no end is a start: states, clocks, rewards and subgoals are those of a new agent."""
+    agent, after = lively(small()), []
+    for steps in (0, 6):
+        memory, reward = agent.initial_memory(1), np.float32([1])
+        for t in range(steps + 1):
+            flags = [np.array([flag]) for flag in (t in (0, steps), False, False)]
+            observation = np.full((1, 4), t == steps, np.float32)
+            memory, ticks = agent.act(memory, observation, reward * (t < steps), *flags, agent.discretise())
+        after.append([memory["t"], *(tick["reward"] for tick in ticks),
+                      *(value for level in memory["levels"] for value in level.values())])
+    assert len(after[0]) == len(after[1]) == 1 + 3 + 3 * 6
+    assert all(np.array_equal(*pair) for pair in zip(*after))
 
 
 def test_environments_side_by_side_do_not_mix():
