@@ -690,6 +690,19 @@ def test_optimisers_have_the_settings_of_the_paper():
     assert found == {name: (*pair, (0.9, 0.999), 0) for name, pair in settings.items()}
 
 
+def test_every_level_has_the_rewards_of_its_place():
+    """Subgoal reward where there is a level above, novelty where there is one below; each its own weight, and
+    only a level that has one above is told a subgoal."""
+    flat, three = small(1), small(3)
+    extrinsic, subgoal, novelty = {"extrinsic": 1.0}, {"subgoal": 0.3}, {"novelty": 0.1}
+    assert flat.levels[0].rewards == extrinsic and flat.levels[0].subgoal_shape[0] == 0
+    expected = extrinsic | subgoal, extrinsic | subgoal | novelty, extrinsic | novelty
+    for level, rewards, categoricals in zip(three.levels, expected, (8, 8, 0)):
+        assert level.rewards == rewards and level.weights.tolist() == pytest.approx(list(rewards.values()))
+        assert level.subgoal_shape == (categoricals, 8)
+    assert [level.action_shape for level in three.levels] == [(1, 3), (8, 8), (8, 8)]
+
+
 def moments(lengths, steps=None):
     """(episode, t) of the first `steps` steps of episodes of the given lengths."""
     every = ((episode, t) for episode, length in enumerate(lengths) for t in range(length + 1))
