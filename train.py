@@ -839,7 +839,7 @@ def play(agent, make_env, episodes, seed=0, progress=True):
     returns, score, steps = [[] for _ in range(n)], np.zeros(n), 0
     reward, first, last, terminal = np.zeros(n), np.ones(n, bool), np.zeros(n, bool), np.zeros(n, bool)
     memory, discretised = (agent.initial_memory(n), agent.discretise()) if agent else (None, None)
-    limit = getattr(envs.envs[0], "max_steps", None)
+    limit = episodes * getattr(envs.envs[0], "max_steps", 0)  # steps in all
     with tqdm(total=episodes, desc="evaluation" if agent else "random play", unit="episode", miniters=0,
               mininterval=1.0, disable=not progress, dynamic_ncols=True) as bar:
         while min(map(len, returns)) < episodes // n:
@@ -851,7 +851,7 @@ def play(agent, make_env, episodes, seed=0, progress=True):
             first, last = last, terminal | truncated
             score, steps = score + reward, steps + n
             # The first episode may take long: the bar counts steps too, and says how many it may take.
-            bar.set_postfix_str(f"{steps:,} steps" + f" of at most {limit * episodes:,}" * bool(limit), False)
+            bar.set_postfix_str(f"{steps:,} steps" + f" of at most {limit:,}" * bool(limit), False)
             bar.update(0)
             for i in np.flatnonzero(last):
                 if len(returns[i]) < episodes // n:
@@ -1004,7 +1004,7 @@ def main(argv):
                 run.save()  # from now on there is something to resume
             else:
                 run, same = resumed(directory / "checkpoint.pt", given, place.device)
-                note = f", resumed at step {run.step}" + f", in a new episode: {place.game} saves none" * (not same)
+                note = f", resumed at step {run.step}" + f", in a new episode: {run.config.game} saves none" * (not same)
             return finish(run, note, again)
     except OSError as error:
         raise UsageError(f"--logdir {directory} cannot be used: {error.strerror or error}")
@@ -1022,7 +1022,7 @@ def finish(run, note, again):
         if number:
             print(f"stopped at step {run.step}, saved; continue with: {again}")
             return 128 + number
-        (directory / "writing.tmp").touch()  # if the score cannot be written, better to know it now
+        open(directory / "writing.tmp", "wb").close()  # if it cannot be written, better to know before playing
         past = {name: getattr(run, name) for name in ("step", "seconds", "curve", "commits")}
         summary = evaluation(config, run.agent, past, config.eval_episodes, config.seed)
         write_json(summary, directory / "evaluation.json")
