@@ -12,13 +12,11 @@ import dataclasses
 import difflib
 import functools
 import importlib
-import importlib.metadata
 import json
 import math
 import operator
 import os
 import pickle
-import platform
 import re
 import shlex
 import signal
@@ -60,11 +58,10 @@ class Config:
     """Every setting of a run; each is a flag of the command line. The defaults are the preset `paper`: the
     values of Hieros, unless the help text says otherwise."""
 
-    game: str = setting("pong", "an Atari game in any spelling (pong, MsPacman, ALE/Pong-v5), or an environment of"
-                        " Gymnasium: CartPole-v1; with the module that registers it: my_module:MyEnv-v0")
-    preset: str = setting("auto", "paper, cpu (about an hour on two cores), vector (for vector observations,"
-                          " minutes), debug (under a minute), or auto: vector where it fits, else paper on a"
-                          " CUDA device and cpu without", choices=["auto", "paper", "cpu", "vector", "debug"])
+    game: str = setting("pong", "Atari game in any spelling, or Gymnasium's CartPole-v1, my_module:MyEnv-v0")
+    preset: str = setting("auto", "paper; cpu, about an hour on two cores; vector, for observations that are no"
+                          " images, minutes; debug, under a minute; auto: what fits the game and the device",
+                          choices=["auto", "paper", "cpu", "vector", "debug"])
     seed: int = setting(0, "seed of everything random", 0, 2 ** 63 - 1)
     device: str = setting("auto", "auto, cpu, cuda, cuda:1, ...")
     logdir: str = setting("", "where the run is written (default runs/GAME-SEED)")
@@ -73,8 +70,7 @@ class Config:
 
     steps: int = setting(100_000, "agent steps; on Atari each is 4 frames", 1)
     warmup: int = setting(1000, "agent steps before the first update", 0)
-    train_every: int = setting(
-        1, "agent steps per update of level 0; level i updates k^i times more rarely", 1)
+    train_every: int = setting(1, "agent steps per update of level 0; level i has k^i times fewer updates", 1)
     batch_size: int = setting(16, "B, sequences in a batch", 1)
     batch_length: int = setting(64, "T, steps in a sequence", 2)
     replay_size: int = setting(100_000, "steps that level 0 keeps; level i keeps k^i times fewer", 1)
@@ -88,10 +84,9 @@ class Config:
     units: int = setting(256, "units of every MLP layer", 1)
     mlp_layers: int = setting(2, "hidden layers of the MLPs", 1)
     depth: int = setting(24, "channels of the first convolution", 1)
-    first_stride: int = setting(2, "stride of the first convolution: 2, or 4 to save its cost", choices=[2, 4])
+    first_stride: int = setting(2, "stride of the first convolution, 4 to save its cost", choices=[2, 4])
     sharpness: float = setting(1.0, "factor of the initial posterior's logits", 0)
-    kl_warmup: int = setting(0, "updates of a level without the KL that makes z foreseeable;"
-                             " then it rises for as many", 0)
+    kl_warmup: int = setting(0, "updates without the KL that makes z foreseeable; it rises for as many", 0)
 
     horizon: int = setting(16, "imagined steps", 2)
     starts: int = setting(1024, "imagined rollouts an update, at most batch_size * batch_length", 1)
@@ -140,6 +135,11 @@ class UsageError(Exception):
     """The user can mend this: one line that says what is wrong and what would be right; exit code 2."""
 
 
+def one_line(anything):
+    """An error or a space as a text that is not too long for a message."""
+    return " ".join(str(anything).split())[:300]
+
+
 class Parser(argparse.ArgumentParser):
     """An ArgumentParser whose errors are UsageErrors: one line; an unknown flag gets the nearest known."""
 
@@ -157,8 +157,6 @@ EXAMPLES = """examples:
   python train.py --game CartPole-v1                     a few minutes
   python train.py --logdir runs/pong-0 --resume          goes on where it was stopped or killed
   python train.py --preset debug --logdir runs/try       does it work at all? in under a minute
-
---resume where there is no run yet starts one: a job may always say it.
 
 exit codes: 0 done; 1 a loss was not finite; 2 the command, a file or your environment is wrong, one line on
 the standard error says what; 130 or 143 stopped by Ctrl+C or SIGTERM, and saved
@@ -179,8 +177,8 @@ def parse_config(argv):
         parser.add_argument("--" + field.name, default=argparse.SUPPRESS, type=field.type, choices=choices,
                             metavar="|".join(map(str, choices)) if choices else field.type.__name__,
                             help=field.metadata["help"] + f" ({defaults})" * bool(defaults))
-    parser.add_argument("--resume", action="store_true",
-                        help="continue the run in --logdir from its last checkpoint, if it has one")
+    parser.add_argument("--resume", action="store_true", help="continue from the last checkpoint in --logdir;"
+                        " where there is none yet, begin: a job that is started again may always say it")
     given = vars(parser.parse_args(argv))
     return given, given.pop("resume")
 
@@ -203,23 +201,20 @@ def make_config(given):
             raise UsageError(f"--{field.name} {value} is out of range: "
                              + (f"at least {low}" if high is None else f"{low} to {high}"))
     if config.state_size % 8:
-        raise UsageError(f"--state_size {config.state_size} must be a multiple of 8"
-                         " (4 blocks of conjugate pairs)")
+        raise UsageError(f"--state_size {config.state_size} must be a multiple of 8 (4 blocks of pairs)")
     if config.starts > config.batch_size * config.batch_length:
-        raise UsageError(f"--starts {config.starts} is more than the"
-                         f" {config.batch_size} x {config.batch_length} states of a batch")
+        raise UsageError(f"--starts {config.starts} is more than a batch has,"
+                         f" {config.batch_size} x {config.batch_length}")
     if config.replay_size < config.batch_length * config.k ** (config.levels - 1):
-        raise UsageError(f"--replay_size {config.replay_size} is too small:"
-                         f" the top level keeps a k^{config.levels - 1}th of it"
-                         f" and needs {config.batch_length} steps for one sequence")
+        raise UsageError(f"--replay_size {config.replay_size} is too small: the top level keeps a"
+                         f" k^{config.levels - 1}th of it and needs {config.batch_length} steps for one sequence")
     first = -(-max(config.warmup, config.batch_length) // config.train_every) * config.train_every
     if config.steps < first:
         raise UsageError(f"--steps {config.steps} ends before the first update, at step {first}, the first"
                          " multiple of --train_every that is at least --warmup and --batch_length")
     try:
         if torch.device(config.device).type not in ("cpu", "cuda"):
-            raise UsageError(f"--device {config.device} cannot be used here: cpu and cuda can; others, such as"
-                             " mps, lack complex or float64 numbers")
+            raise RuntimeError("cpu and cuda can; others, such as mps, lack complex numbers or float64")
         torch.zeros(1, device=config.device)
     except (RuntimeError, AssertionError) as error:
         raise UsageError(f"--device {config.device} cannot be used here: {str(error).splitlines()[0]}")
@@ -242,8 +237,7 @@ REFERENCE = {  # game: (random, human)
     "kangaroo": (52.0, 3035.0), "krull": (1598.0, 2665.5), "kung_fu_master": (258.5, 22736.3),
     "ms_pacman": (307.3, 6951.6), "pong": (-20.7, 14.6), "private_eye": (24.9, 69571.3),
     "qbert": (163.9, 13455.0), "road_runner": (11.5, 7845.0), "seaquest": (68.4, 42054.7),
-    "up_n_down": (533.4, 11693.2),
-}
+    "up_n_down": (533.4, 11693.2)}
 
 
 @functools.cache
@@ -257,34 +251,30 @@ def atari_games():
 
 
 def game_name(game):
-    """The one name of a game: ours for Atari, however it was spelled; for all else that of Gymnasium, which
-    may begin with a module to import. Raises UsageError with the nearest names if there is none."""
+    """The one name of a game: ours for Atari, in whatever spelling; Gymnasium's for all else, which may begin
+    with a module to import. Raises UsageError with the nearest names if there is none."""
     def letters(text):
         return "".join(c for c in text.lower() if c.isalnum())
 
-    atari = {letters(name): name for name in atari_games()}
     module, _, id = game.rpartition(":")
     try:
+        atari = {letters(name): name for name in atari_games()}
         importlib.import_module(module) if module else None  # which registers its environments
     except Exception as error:  # it is the user's code: anything may happen
         raise UsageError(f"--game {game}: importing {module} fails: {type(error).__name__}, {error}")
-    others = [id for id, spec in gymnasium.registry.items() if not str(spec.entry_point).startswith("ale_py")]
-    if id in others:
-        return game
-    # As others write them: ALE/Pong-v5, PongNoFrameskip-v4. The protocol is ours in any case.
+    others = {letters(id): id for id, spec in gymnasium.registry.items()
+              if not str(spec.entry_point).startswith("ale_py")}
+    # The names under which ale_py registers a game, ALE/Pong-v5, PongNoFrameskip-v4, are spellings, too.
     plain = letters(re.sub(r"^ALE/|(NoFrameskip|Deterministic)?-v[045]$", "", game))
-    if plain in atari:
-        return atari[plain]
-    others = {letters(id): id for id in others}
-    near = [names[found] for names in (atari, others) for found in
-            difflib.get_close_matches(letters(id), names, 3)]
-    raise UsageError(f"unknown game '{game}'; nearest: " + ", ".join(near or [*REFERENCE, "CartPole-v1"])
-                     + " (an environment of your own: my_module:MyEnv-v0)" * (not near))
+    if id in others.values() or plain in atari:
+        return game if id in others.values() else atari[plain]
+    near = [known[name] for known in (atari, others) for name in difflib.get_close_matches(letters(id), known)]
+    raise UsageError(f"unknown game '{game}'; nearest: " + (", ".join(near) or ", ".join(REFERENCE)
+                     + "; Gymnasium's, such as CartPole-v1; your own, my_module:MyEnv-v0"))
 
 
 def make_env(game, render_mode=None):
-    """The environment of a `game_name` as the agent sees it. render_mode: for `render`, where a registered
-    environment has it; look at the result's `render_mode`."""
+    """The environment of a `game_name`. render_mode is for Gymnasium's, and None in those that lack it."""
     return Atari(game) if game in atari_games() else Registered(game, render_mode)
 
 
@@ -297,10 +287,9 @@ def area_weights(inputs, outputs):
 
 
 def shrink(image):
-    """An image (height, width, 3) of bytes, of any size, as (64,64,3): the exact mean over each area.
+    """An image (height, width, 3) of bytes as (64,64,3): the exact mean over each area, in float32 always.
 
-    By torch: NumPy's matmul has threads of its own, which fight torch's for the cores and make acting five
-    times slower. Never in bfloat16, which cannot tell 256 shades apart.
+    By torch: NumPy's matmul has threads of its own, which fight torch's and make acting five times slower.
     """
     height, width, _ = image.shape
     with torch.autocast("cpu", enabled=False):
@@ -328,7 +317,7 @@ class Atari(gymnasium.Env):
             self.game = gymnasium.make(atari_games()[game], frameskip=1, repeat_action_probability=0.0,
                                        full_action_space=False, disable_env_checker=True).unwrapped
         except OSError as error:
-            raise UsageError(f"there is no ROM of '{game}': {' '.join(str(error).split())};"
+            raise UsageError(f"there is no ROM of '{game}': {one_line(error)};"
                              " ale-py brings them all: unset ALE_ROMS_DIR, or install it anew")
         self.observation_space, self.action_space = IMAGE, self.game.action_space
         self.max_steps = self.MAX_FRAMES // self.REPEAT  # of an episode
@@ -391,58 +380,55 @@ class Registered(gymnasium.Wrapper):
 
     def __init__(self, game, render_mode=None):
         self.name, self.t, id = game, 0, game.rpartition(":")[2]  # t: steps in this episode
-        limit = {} if gymnasium.spec(id).max_episode_steps else {"max_episode_steps": 27_000}
+        limit = gymnasium.spec(id).max_episode_steps or 27_000
+        make = functools.partial(gymnasium.make, id, max_episode_steps=limit, disable_env_checker=True)
         try:
-            env = gymnasium.make(id, disable_env_checker=True, **limit)
+            env = make()
             if render_mode in env.metadata.get("render_modes", ()):
-                env = gymnasium.make(id, disable_env_checker=True, render_mode=render_mode, **limit)
+                env = make(render_mode=render_mode)
         except Exception as error:
-            raise UsageError(f"{game} cannot be made: {type(error).__name__}, {' '.join(str(error).split())}")
+            raise UsageError(f"{game} cannot be made: {type(error).__name__}, {one_line(error)}")
         super().__init__(env)
-        self.max_steps = env.spec.max_episode_steps
-        self.space, actions, shape = env.observation_space, env.action_space, env.observation_space.shape
-        if isinstance(self.space, Box) and self.space.dtype == np.uint8 and (
-                len(shape) == 2 or len(shape) == 3 and shape[2] in (1, 3)):
-            self.observation_space = IMAGE
-        elif isinstance(self.space, Discrete) or isinstance(self.space, Box) and len(shape) == 1:
-            size = int(self.space.n if isinstance(self.space, Discrete) else shape[0])
-            self.observation_space = Box(-np.inf, np.inf, (size,), np.float32)
-        else:
-            wrapper = "TransformObservation" if len(shape or ()) == 3 else "FlattenObservation"
-            raise UsageError(f"{game} has the observations {' '.join(str(self.space).split())}; supported: Box of"
-                             f" one axis, images of uint8, Discrete; gymnasium.wrappers.{wrapper} can convert it")
+        self.max_steps, self.space, actions, size = limit, env.observation_space, env.action_space, None
+        shape = self.space.shape or ()
+        if isinstance(self.space, Discrete):
+            size = int(self.space.n)
+        elif isinstance(self.space, Box) and len(shape) == 1:
+            size = shape[0]
+        elif not (isinstance(self.space, Box) and self.space.dtype == np.uint8
+                  and (len(shape) == 2 or len(shape) == 3 and shape[2] in (1, 3))):
+            wrapper = "TransformObservation" if len(shape) == 3 else "FlattenObservation"
+            raise UsageError(f"{game} has the observations {one_line(self.space)}; supported: Box of one axis,"
+                             f" images of uint8, Discrete; gymnasium.wrappers.{wrapper} can convert them")
         if not isinstance(actions, Discrete) or actions.n > 256:  # the replay stores them as bytes
-            raise UsageError(f"{game} has the actions {' '.join(str(actions).split())}; supported: Discrete, up"
-                             " to 256; gymnasium.wrappers.TransformAction with a table of actions can convert it")
+            raise UsageError(f"{game} has the actions {one_line(actions)}; supported: Discrete, up to 256;"
+                             " gymnasium.wrappers.TransformAction with a table of actions can convert them")
+        self.observation_space = Box(-np.inf, np.inf, (size,), np.float32) if size else IMAGE
         self.action_space = Discrete(int(actions.n))
 
     def _ask(self, method, *arguments, **options):
         """What the environment's reset or step returns, checked, the observation as the agent sees it. All that
-        goes wrong in there becomes one line that names the environment, the step and the place."""
+        goes wrong becomes one line that names the environment, the step and the place."""
         try:
-            observation, *rest = method(*arguments, **options)
-            array = np.asarray(observation)
-            if isinstance(self.space, Discrete):
-                inside = self.space.contains(observation)
-            else:  # what a NaN is compared with is False
-                inside = array.shape == self.space.shape and (
-                    (self.space.low <= array) & (array <= self.space.high)).all()
-            if not inside:
-                raise ValueError(f"an observation that is not in {self.space}")
+            seen, *rest = method(*arguments, **options)
+            array, space = np.asarray(seen), self.space
+            if not (space.contains(seen) if isinstance(space, Discrete) else array.shape == space.shape
+                    and ((space.low <= array) & (array <= space.high)).all()):  # NaN is not <= anything
+                raise ValueError(f"an observation that is not in {space}")
             if self.observation_space is IMAGE:
-                array = np.broadcast_to(array.reshape(*array.shape[:2], -1), (*array.shape[:2], 3))
-                return shrink(array.copy()), *rest
-            if isinstance(self.space, Discrete):
-                array = np.arange(self.space.start, self.space.start + self.space.n) == array
-            array = array.astype(np.float32)
-            if not np.isfinite([*array, *map(np.float32, rest[:-1])]).all():
+                height, width = space.shape[:2]
+                image = np.broadcast_to(array.reshape(height, width, -1), (height, width, 3))  # grey has one channel
+                return shrink(image.copy()), *rest
+            if isinstance(space, Discrete):
+                array = np.arange(space.start, space.start + space.n) == array
+            array, reward = array.astype(np.float32), np.float32(rest[0] if len(rest) > 1 else 0)
+            if not np.isfinite(array).all() or not np.isfinite(reward):
                 raise ValueError("an observation or a reward that is not finite in float32")
             return array, *rest
         except Exception as error:
             place = traceback.extract_tb(error.__traceback__)[-1]
-            reason = f"{type(error).__name__}, {' '.join(str(error).split())[:300]}"
-            raise UsageError(f"{self.name} fails at step {self.t} of an episode: {reason}"
-                             f" ({Path(place.filename).name}, line {place.lineno})") from error
+            raise UsageError(f"{self.name} fails at step {self.t} of an episode: {type(error).__name__},"
+                             f" {one_line(error)} ({Path(place.filename).name}, line {place.lineno})") from error
 
     def reset(self, **options):
         self.t = 0
@@ -453,24 +439,15 @@ class Registered(gymnasium.Wrapper):
         return self._ask(self.env.step, int(action) + int(self.env.action_space.start))
 
     def get_state(self):
-        """What can be saved: all where the environment has get_state and set_state; else its random numbers."""
-        whole = hasattr(self.unwrapped, "get_state") and hasattr(self.unwrapped, "set_state")
-        rng = getattr(self.np_random, "bit_generator", None)
-        return {"t": self.t, "rng": rng and rng.state, "env": self.unwrapped.get_state() if whole else None}
+        """What of any environment can be saved: its random numbers, where it has NumPy's."""
+        return getattr(getattr(self.np_random, "bit_generator", None), "state", None)
 
     def set_state(self, state):
-        """The inverse; where it cannot be, a new episode is begun and its first observation returned."""
+        """Goes on with these random numbers. The episode is lost: returns a new one's first observation."""
         self.reset(seed=0)
-        if state["rng"]:
-            self.np_random.bit_generator.state = state["rng"]
-        if state["env"] is None:
-            return self.reset()[0]
-        self.unwrapped.set_state(state["env"])
-        self.t, wrapper = int(state["t"]), self.env
-        while isinstance(wrapper, gymnasium.Wrapper):
-            if isinstance(wrapper, gymnasium.wrappers.TimeLimit):
-                wrapper._elapsed_steps = self.t
-            wrapper = wrapper.env
+        if state:
+            self.np_random.bit_generator.state = state
+        return self.reset()[0]
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -501,17 +478,12 @@ def autocast(config):
 
 
 def pack(tree):
-    """NumPy arrays in nested dicts and lists become {"numpy": tensor}, for torch.load with weights_only.
-    Raises TypeError for what that would refuse: an environment's own state may hold anything."""
+    """NumPy arrays in nested dicts and lists become {"numpy": tensor}, for torch.load with weights_only."""
     if isinstance(tree, dict):
         return {key: pack(value) for key, value in tree.items()}
     if isinstance(tree, (list, tuple)):
         return [pack(value) for value in tree]
-    if isinstance(tree, np.ndarray):
-        return {"numpy": torch.from_numpy(tree.copy())}
-    if not isinstance(tree, (torch.Tensor, int, float, str, type(None))):
-        raise TypeError(f"{type(tree).__name__} cannot be saved: arrays, numbers, texts, lists and dicts can")
-    return tree
+    return {"numpy": torch.from_numpy(tree.copy())} if isinstance(tree, np.ndarray) else tree
 
 
 def unpack(tree):
@@ -550,7 +522,7 @@ def trusting(path):
         raise UsageError(f"{path} does not exist: this is not the directory of a run, or it has no checkpoint yet")
     except (zipfile.BadZipFile, pickle.UnpicklingError, RuntimeError, EOFError, LookupError, TypeError, ValueError,
             ArithmeticError, AttributeError, OSError, SystemError) as error:  # SystemError: a cut emulator state
-        reason = " ".join(str(error).split()).split(". ")[0][:200]  # torch goes on with dangerous advice
+        reason = one_line(error).split(". ")[0]  # torch goes on with dangerous advice
         raise UsageError(f"{path} is damaged or not a checkpoint of this program:"
                          f" {type(error).__name__}, {reason}") from error
 
@@ -660,7 +632,8 @@ class Run:
         self.logged = self.step
 
     def save(self):
-        """Write a checkpoint. The old one stays valid until the new one is complete and takes its name."""
+        """Write a checkpoint. The old one stays valid until the new one is complete and takes its name: every
+        file is on the disk by then, and what only the old one needs is deleted after."""
         self.log.means(self.step)  # nothing that is not finite gets into a checkpoint
         for i, replay in enumerate(self.replays):
             replay.save(self.directory / f"replay-{i}")
@@ -716,17 +689,20 @@ class Run:
 
 class Log:
     """metrics.jsonl, one JSON object a line, and TensorBoard events if `tensorboard` is installed. Names are
-    DreamerV3's where it has one. Metrics of updates are summed on the device and fetched only when a line is
-    written: fetching waits for the device."""
+    DreamerV3's where it has one.
+
+    Metrics of updates are summed on the device and fetched only when a line is written: fetching waits for
+    the device.
+    """
 
     def __init__(self, directory):
-        self.path, self.file, self.board = directory / "metrics.jsonl", None, None
+        self.path, self.board = directory / "metrics.jsonl", None
         self.sums = {}  # {level: (names, sums of their values, number of updates)}
         self.start = 0  # the first step of which this process may write
 
     def add(self, step, level, metrics):
         """Sum the metrics {name: scalar tensor} of one update of a level. On the CPU they are checked at
-        once; on a GPU looking would mean waiting, so there `flush` and `save` check their sums."""
+        once; on a GPU looking would mean waiting, so there `flush` and `Run.save` check their sums."""
         values = torch.stack([value.float() for value in metrics.values()])
         _, total, count = self.sums.get(level, (None, 0, 0))
         self.sums[level] = list(metrics), total + values, count + 1
@@ -740,9 +716,9 @@ class Log:
             means[level] = {f"train/{name}": mean for name, mean in zip(names, (total / count).tolist())}
             wrong = [name for name, mean in means[level].items() if not math.isfinite(mean)]
             if wrong:
-                raise FloatingPointError(f"up to step {step}, level {level}: not finite: {', '.join(wrong)}; the"
-                                         f" last checkpoint in {self.path.parent} was saved before, --resume"
-                                         " repeats what led here")
+                raise FloatingPointError(f"up to step {step}, level {level}: not finite: {', '.join(wrong)};"
+                                         f" the last checkpoint in {self.path.parent} was saved before,"
+                                         " --resume repeats what led here")
         return means
 
     def flush(self, step):
@@ -753,34 +729,33 @@ class Log:
 
     def write(self, step, values, level=None):
         """One line: {"step", "level" where there is one, name: value, ...}."""
-        if self.file is None:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            self.file = open(self.path, "a")
+        labels = {"step": step} if level is None else {"step": step, "level": level}
+        with open(self.path, "a") as file:
+            file.write(json.dumps(labels | values) + "\n")
+        if self.board is None:
             try:
                 from torch.utils.tensorboard import SummaryWriter
                 # purge_step: what a killed process wrote beyond its last checkpoint is not shown.
                 self.board = SummaryWriter(self.path.parent, purge_step=self.start)
             except Exception as error:  # it is optional, and a broken installation may raise anything
+                self.board = False
                 if not isinstance(error, ModuleNotFoundError):
-                    print(f"train.py: no TensorBoard: {type(error).__name__}, {error}", file=sys.stderr)
-        labels = {"step": step} if level is None else {"step": step, "level": level}
-        self.file.write(json.dumps(labels | values) + "\n")
-        self.file.flush()
+                    print(f"train.py: no TensorBoard: {type(error).__name__}, {one_line(error)}", file=sys.stderr)
         for name, value in values.items() if self.board else ():
             self.board.add_scalar(name if level is None else f"level_{level}/{name}", value, step)
 
     def state(self):
-        """What `restore` needs: the file's length and the sums not yet written."""
-        if self.file:
-            os.fsync(self.file.fileno())
-        return {"bytes": self.path.stat().st_size if self.path.exists() else 0, "sums": self.sums}
+        """What `restore` needs: the length of the file, which is on the disk then, and the sums."""
+        with open(self.path, "a") as file:
+            os.fsync(file.fileno())
+            return {"bytes": file.tell(), "sums": self.sums}
 
     def restore(self, state, step):
         """Cut off the lines written after the checkpoint: the resumed run writes them again."""
         self.sums, self.start = state["sums"], step + 1
         self.means(step)  # sums that are none are noticed now
-        if self.path.exists():
-            os.truncate(self.path, min(state["bytes"], self.path.stat().st_size))
+        with open(self.path, "a") as file:
+            file.truncate(min(state["bytes"], file.tell()))
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -881,9 +856,10 @@ def origin():
                                 cwd=Path(__file__).parent, capture_output=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         commit = "unknown"
-    versions = {name: importlib.metadata.version(name) for name in ("torch", "gymnasium", "ale-py", "numpy")}
+    versions = {"python": sys.version.split()[0], "torch": torch.__version__, "numpy": np.__version__,
+                "gymnasium": gymnasium.__version__, "ale-py": ale_py.__version__}
     return {"command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]), "commit": commit.rstrip("+"),
-            "dirty": commit.endswith("+"), "versions": {"python": platform.python_version()} | versions}
+            "dirty": commit.endswith("+"), "versions": versions}
 
 
 def result(config, returns, seed, step, seconds, curve, commits, random_returns=None):
