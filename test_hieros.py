@@ -16,6 +16,7 @@ import subprocess
 import sys
 import time
 import tracemalloc
+import types
 import warnings
 from pathlib import Path
 
@@ -1454,22 +1455,20 @@ def test_resumed_run_is_bitwise_the_undisturbed_one(tmp_path):
 
 
 def test_a_run_acts_with_its_present_weights(tmp_path):
-    """What a run keeps of its layers between steps belongs to the weights of the last update or checkpoint,
-    and acting with it is acting without it."""
+    """What a run keeps of its layers between steps belongs to the weights of the last update or checkpoint of
+    each level, and only the level that was updated is computed anew."""
     run = train.Run(catch_config(tmp_path, steps=200), Catch())
-    old = run.discretised
+    old = list(run.discretised)
     train.train(run, progress=False)
     other = train.Run(dataclasses.replace(run.config, seed=1), Catch())
     other.restore(train.load_checkpoint(tmp_path / "checkpoint.pt", "cpu"))
     for kept in (run.discretised, other.discretised):
         for layers, present, before in zip(kept, run.agent.discretise(), old):
-            assert all(map(torch.equal, layers, present)) and not torch.equal(layers[0], before[0])
-    memories = []
-    for discretised in (None, run.discretised):
-        torch.manual_seed(0)
-        memories.append(run.agent.act(run.memory, **run.now, discretised=discretised)[0]["levels"])
-    for without, handed in zip(*memories):
-        assert torch.equal(without["x"], handed["x"]) and torch.equal(without["action"], handed["action"])
+            for layer, now, then in zip(layers, present, before):
+                assert all(map(torch.equal, layer, now)) and not torch.equal(layer[0], then[0])
+    before, run.step = list(run.discretised), 202  # a multiple of train_every, not of train_every * k
+    run.learn()
+    assert run.discretised[0] is not before[0] and run.discretised[1] is before[1]
 
 
 def test_metrics_have_the_names_that_dreamer_users_know(tmp_path):
@@ -1537,51 +1536,33 @@ def test_a_run_survives_odd_episodes(lengths, tmp_path):
     assert run.replays[0].total > 6 * run.replays[0].capacity and len(ends) == len(run.curve)
 
 
-def test_profile_counts_what_an_update_does(tmp_path, capsys):
-    """--profile trains each level a few times, says what an update costs, and leaves nothing but its file; a
-    view is no operation."""
-    with train.Operations() as operations:
+def test_profile_counts_what_an_update_does(tmp_path, monkeypatch, capsys):
+    """results/profile.py trains each level a few times, says what an update costs, and leaves nothing but its
+    file; a view is no operation."""
+    flags = "--preset debug --device cpu --levels 2 --logdir".split()
+    monkeypatch.setattr(sys, "argv", ["profile.py", *flags, str(tmp_path / "run")])
+    monkeypatch.setattr(sys, "path", ["", *sys.path])
+    script = runpy.run_path(str(HERE / "results" / "profile.py"), run_name="__main__")
+    assert [path.name for path in (tmp_path / "run").iterdir()] == ["profile.json"]
+    found, text = json.loads((tmp_path / "run" / "profile.json").read_text()), capsys.readouterr().out
+    hours = 1200 * (found["act_seconds"] + found["env_seconds"]) / 3600
+    for i, level in enumerate(found["levels"]):
+        assert level["cost"] == pytest.approx(level["seconds"] * level["matmul_gflops"])
+        assert f"level {i}: " in text and level["dispatched_ops"] > 500
+        hours += 900 / (10 * 4 ** i) * (level["seconds"] + level["sample_seconds"]) / 3600
+    assert found["levels"][0]["gflop"] > found["levels"][1]["gflop"]  # it has the images
+    assert found["projected_hours"] == pytest.approx(hours)
+    with script["Operations"]() as operations:
         x = torch.ones(16, 16)
         (x.T @ x) @ x[:, :4]
     assert operations.count == 3  # and the ones
-    flags = "--preset debug --device cpu --levels 2 --profile --logdir".split()
-    assert train.main([*flags, str(tmp_path / "run")]) == 0
-    assert [path.name for path in (tmp_path / "run").iterdir()] == ["profile.json"]
-    found = json.loads((tmp_path / "run" / "profile.json").read_text())
-    for i, level in enumerate(found["levels"]):
-        assert level["cost"] == pytest.approx(level["seconds"] * level["matmul_gflops"])
-        for name in ("seconds", "gflop", "dispatched_ops"):
-            parts = sum(phase[name] for phase in level["phases"].values())
-            assert parts == pytest.approx(level[name], rel=0.5)  # of seconds they are medians
-        assert f"level {i}: " in capsys.readouterr().out or i
-    assert found["levels"][0]["gflop"] > found["levels"][1]["gflop"]  # it has the images
-    hours = 1200 * (found["act_seconds"] + found["env_seconds"]) / 3600
-    for i, level in enumerate(found["levels"]):
-        hours += 900 / (10 * 4 ** i) * (level["seconds"] + level["sample_seconds"]) / 3600
-    assert found["projected_hours"] == pytest.approx(hours)
-
-
-def test_compiled_code_computes_the_same(tmp_path):
-    """With --compile an update has the losses of one without, up to rounding."""
-    if not shutil.which(os.environ.get("CXX", "g++")):
-        pytest.skip("torch.compile needs a C++ compiler")
-    found = []
-    for compile in (False, True):
-        config = catch_config(tmp_path, levels=1, starts=32, compile=compile)
-        run = train.Run(config, Catch())
-        batch = batch_of(run.agent, 0, B=4, T=8)
-        torch.manual_seed(0)
-        with torch._inductor.config.patch(fallback_random=True):  # the same random numbers in both
-            found.append(run.agent.levels[0].update(batch))
-    for name, value in found[0].items():
-        assert torch.allclose(value, found[1][name], rtol=1e-3, atol=1e-4), name
 
 
 def test_a_non_finite_loss_stops_the_run(tmp_path):
     """NaN is never trained on silently: the run ends, names the level and losses, writes no checkpoint."""
     run = train.Run(catch_config(tmp_path), Catch())
-    run.agent.levels[1].world_model.outcome[-1].bias.data.fill_(float("nan"))
-    with pytest.raises(FloatingPointError, match="at step [0-9]+, level 1: not finite: loss/rew"):
+    run.agent.levels[1].world_model.outcome_head[-1].bias.data.fill_(float("nan"))
+    with pytest.raises(FloatingPointError, match="up to step [0-9]+, level 1: not finite: train/loss/rew"):
         train.train(run, progress=False)
     assert not (tmp_path / "checkpoint.pt").exists()
 
@@ -1603,9 +1584,10 @@ def test_every_setting_is_read():
 @pytest.fixture
 def refused(monkeypatch, capfd, tmp_path):
     """A command line, run in tmp_path, that must fail as it should: exit code 2, one line of error without a
-    traceback, nothing written, changed or deleted. Returns that line."""
+    traceback, nothing written, changed or deleted but a lock. Returns that line."""
     def files():
-        return {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
+        return {path: path.is_file() and path.stat().st_mtime_ns for path in tmp_path.rglob("*")
+                if path.name != "lock"}
 
     def run(script, *flags):
         before, _ = files(), capfd.readouterr()
@@ -1618,6 +1600,8 @@ def refused(monkeypatch, capfd, tmp_path):
         return line
 
     monkeypatch.chdir(tmp_path)
+    for name in ("stdout", "stderr"):  # a program wraps them
+        monkeypatch.setattr(sys, name, getattr(sys, name))
     return run
 
 
@@ -1636,13 +1620,19 @@ def refused(monkeypatch, capfd, tmp_path):
     ("--steps 1999 --train_every 2000", ["--steps 1999", "at step 2000", "--train_every"]),
     ("--device cuda:99", ["--device cuda:99"]),
     ("--device gpu", ["--device gpu"]),
-    ("--device meta", ["--device meta"]),
+    ("--device meta", ["--device meta", "cpu and cuda can"]),
+    ("--device mps", ["--device mps", "cpu and cuda can"]),
+    ("--game cartpole", ["unknown game 'cartpole'", "CartPole-v1"]),
+    ("--game CartPole-v7", ["unknown game 'CartPole-v7'", "CartPole-v1"]),
+    ("--game froway-v1", ["unknown game 'froway-v1'", "freeway"]),
+    ("--game xyz", ["unknown game 'xyz'", "pong", "CartPole-v1", "my_module:MyEnv-v0"]),
+    ("--game no_such_module:Game-v0", ["--game no_such_module:Game-v0", "ModuleNotFoundError"]),
+    ("--game json:Game-v0", ["unknown game 'json:Game-v0'"]),
     ("--logdir", ["--logdir", "expected one argument"]),
     ("--logdir file/run", ["--logdir file/run", "cannot be used", "Not a directory"]),
     ("--logdir file", ["--logdir file", "cannot be used", "File exists"]),
     ("--logdir /proc/run", ["--logdir /proc/run", "cannot be used"]),
-    ("--logdir full", ["full already exists", "--resume", "another --logdir"]),
-    ("--resume --logdir nowhere", ["nowhere/checkpoint.pt does not exist"]),
+    ("--logdir full", ["full already exists", "another --logdir"]),
     ("--resume --logdir full", ["full/checkpoint.pt does not exist"]),
 ])
 def test_bad_input_is_one_clear_line(refused, tmp_path, flags, words):
@@ -1757,18 +1747,19 @@ def test_all_that_a_checkpoint_needs_is_on_the_disk_when_it_takes_its_name(tmp_p
 
     monkeypatch.setattr(os, "fsync", fsync)
     run = train.Run(catch_config(tmp_path), Catch())
-    run.act()
+    run.remember(run.act())
     run.log.write(0, {"a line": 1})
     run.save()
     files = [path.stat() for path in tmp_path.rglob("*") if path.suffix in (".pt", ".npz", ".jsonl")]
     assert len(files) == 4 and all(synced[file.st_ino] == file.st_size for file in files)
 
 
-@pytest.mark.parametrize("spelling", ["ms_pacman", "MsPacman", "mspacman", "Ms-Pacman", "MS PACMAN"])
+@pytest.mark.parametrize("spelling", ["ms_pacman", "MsPacman", "mspacman", "Ms-Pacman", "MS PACMAN", "ALE/MsPacman-v5",
+                                      "MsPacmanNoFrameskip-v4", "MsPacmanDeterministic-v0", "MsPacman-v4"])
 def test_games_may_be_spelled_as_people_do(spelling):
-    """Any spelling of a game finds it, and all 26 games of the benchmark are there."""
-    assert train.atari_name(spelling) == "ms_pacman"
-    assert len(train.REFERENCE) == 26 and all(train.atari_name(game) == game for game in train.REFERENCE)
+    """Any spelling of a game finds it, others' names for it too, and all 26 games of the benchmark are there."""
+    assert train.game_name(spelling) == "ms_pacman"
+    assert len(train.REFERENCE) == 26 and all(train.game_name(game) == game for game in train.REFERENCE)
 
 
 def test_screen_is_averaged_by_area():
@@ -1826,11 +1817,523 @@ def test_emulator_continues_bitwise_after_it_is_restored():
     assert (env.reset()[0] == other.reset()[0]).all() and env.frames == other.frames
 
 
+class FakeGame:
+    """An emulator whose frames are known. Left and right half of a screen are each of one shade, which rises
+    and falls; as with real sprites, either is drawn on every other frame only."""
+
+    SHADES = np.random.default_rng(0).integers(1, 256, (1000, 2))
+
+    def __init__(self, length=10 ** 9):
+        self.length, self.frame, self.actions = length, 0, []
+
+    def screen(self):
+        screen, half = np.zeros((210, 160, 3), np.uint8), self.frame % 2
+        screen[:, 80 * half:80 * half + 80] = self.SHADES[self.frame % 1000, half]
+        return screen
+
+    def reset(self, seed=None):
+        self.frame, self.actions = 0, []
+        return self.screen(), {}
+
+    def step(self, action):
+        self.frame += 1
+        self.actions.append(int(action))
+        return self.screen(), float(self.frame), self.frame == self.length, False, {}
+
+
+def fake_atari(**options):
+    env = train.Atari("pong")
+    env.game = FakeGame(**options)
+    return env
+
+
+def test_the_observation_is_the_maximum_of_the_last_two_frames_and_of_no_others():
+    """Sprites drawn on alternate frames are all there; what was brighter earlier is not."""
+    env = fake_atari()
+    env.reset(seed=1)
+    for _ in range(50):
+        before = env.game.frame
+        observation, reward, *_ = env.step(3)
+        last = env.game.frame
+        assert last == before + 4 and reward == sum(range(before + 1, last + 1))
+        assert env.game.actions[-4:] == [3] * 4
+        for half in (0, 1):  # the one was drawn on the last frame, the other on the one before
+            shade = env.game.SHADES[(last if last % 2 == half else last - 1) % 1000, half]
+            assert (observation[:, 32 * half:32 * half + 32] == shade).all()
+
+
+def test_an_episode_begins_with_0_to_30_no_ops():
+    """As many as the environment's own random numbers say, each number occurs, and after an end among them the
+    game is reset."""
+    env = fake_atari()
+    env._observation = lambda: None
+    env.reset(seed=0)
+    counts = []
+    for _ in range(400):
+        env.reset()
+        counts.append(len(env.game.actions))
+        assert set(env.game.actions) <= {0} and env.frames == counts[-1]
+    assert set(counts) == set(range(31))
+    env.game.length = 1  # it ends after a single frame
+    env.reset()
+    assert env.game.frame == 0
+
+
+def test_an_episode_ends_after_108000_frames_by_truncation():
+    """That is the published limit, in frames of the emulator, no-ops included."""
+    env = fake_atari()
+    env._observation = lambda: None
+    env.reset(seed=0)
+    truncated, steps = False, 0
+    while not truncated:
+        _, _, terminated, truncated, _ = env.step(0)
+        steps += 1
+        assert not terminated
+    assert env.game.frame == 108_000 and steps <= 27_000 == env.max_steps
+
+
+@pytest.mark.parametrize("game, actions", [("pong", 6), ("breakout", 4), ("freeway", 3), ("boxing", 18)])
+def test_minimal_actions_and_none_of_them_sticks(game, actions):
+    """The agent chooses among the actions that the game has, and its choice is what the game gets."""
+    env = train.make_env(game)
+    assert env.action_space.n == actions == len(env.game.ale.getMinimalActionSet())
+    assert env.game.ale.getFloat("repeat_action_probability") == 0 and env.game.ale.getInt("frame_skip") == 1
+
+
+def test_all_games_play():
+    """Each of the 104, whatever the size of its screen (some have 214, 220, 230 or 250 rows)."""
+    rows = set()
+    assert len(train.atari_games()) == 104
+    for game in train.atari_games():
+        env = train.make_env(game)
+        assert env.observation_space.contains(env.reset()[0]), game  # a seed would load it again
+        assert env.observation_space.contains(env.step(env.action_space.n - 1)[0]), game
+        rows.add(len(env.screen))
+        env.close()
+    assert {210, 250} <= rows
+
+
+def test_bfloat16_never_touches_the_game():
+    """An image is shrunk exactly, also where the agent beside it computes in bfloat16."""
+    image = np.random.default_rng(0).integers(0, 256, (210, 160, 3), np.uint8)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = train.shrink(image)
+    assert (found == train.shrink(image)).all()
+
+
+def test_autocast_keeps_no_stale_weights():
+    """With bf16, a weight that changes inside an update is used as it is, and one that was first used under
+    no_grad, as in a dream, gets a gradient nevertheless."""
+    layer, x = torch.nn.Linear(8, 8), torch.ones(1, 8)
+    with train.autocast(train.Config(device="cpu", precision="bf16")):
+        with torch.no_grad():
+            layer(x)
+        before = layer(x)
+        assert before.dtype == torch.bfloat16
+        before.float().sum().backward()
+        assert layer.weight.grad.abs().sum() > 0
+        with torch.no_grad():
+            layer.weight.add_(1)
+        assert not torch.equal(layer(x), before)
+
+
+@pytest.mark.parametrize("precision", ["bf16", "tf32"])
+def test_every_network_learns_at_every_precision(precision, tmp_path):
+    """A run in bfloat16 changes each of its parameters, as one in float32 does; TF32 is asked for only when
+    it was chosen."""
+    run = train.Run(catch_config(tmp_path, steps=80, warmup=0, train_every=10, batch_length=8,
+                                 batch_size=4, starts=32, precision=precision), Catch())
+    assert torch.backends.cuda.matmul.allow_tf32 is torch.backends.cudnn.allow_tf32 is (precision == "tf32")
+    before = {name: value.clone() for name, value in run.agent.named_parameters()}
+    train.train(run, progress=False)
+    assert min(run.updates) > 0
+    for name, value in run.agent.named_parameters():
+        assert not torch.equal(value, before[name]), name
+    train.make_agent(catch_config(tmp_path, precision="float32"), Catch())
+    assert not torch.backends.cuda.matmul.allow_tf32 and not torch.backends.cudnn.allow_tf32
+
+
+# Environments of our own, registered as users do it.
+
+class Tiny(gymnasium.Env):
+    """Ten steps in a corridor, by default with vectors; options change what it is or what goes wrong."""
+
+    metadata = {"render_modes": ["rgb_array"]}
+
+    def __init__(self, observations=None, actions=None, answer=None, reward=1.0, fault=None, render_mode=None):
+        self.observation_space = observations or gymnasium.spaces.Box(-1, 20, (3,), np.float64)
+        self.action_space = actions or gymnasium.spaces.Discrete(2)
+        self.answer, self.reward, self.fault, self.render_mode, self.taken = answer, reward, fault, render_mode, []
+
+    def observe(self):
+        return np.array([self.t, self.number, 0.5]) if self.answer is None else self.answer
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        self.t, self.number = 0, self.np_random.random()
+        return self.observe(), {}
+
+    def step(self, action):
+        self.t += 1
+        self.taken.append(action)
+        if self.t == 7 and isinstance(self.fault, Exception):
+            raise self.fault
+        observation = self.observe() if self.t != 7 or self.fault is None else self.fault
+        return observation, self.reward, self.t == 10, False, {"unlike": self.t}
+
+    def render(self):
+        return np.full((40, 60, 3), self.t, np.uint8)
+
+
+@pytest.fixture
+def registered():
+    """Registers Tiny with options, or another environment, and returns the name."""
+    def register(kind=Tiny, limit=None, **options):
+        gymnasium.registry.pop("Tiny-v0", None)
+        gymnasium.register("Tiny-v0", kind, max_episode_steps=limit, kwargs=options)
+        return "Tiny-v0"
+
+    yield register
+    gymnasium.registry.pop("Tiny-v0", None)
+
+
+QUICK = ("--preset debug --device cpu --levels 2 --steps 60 --warmup 0 --batch_length 8 --batch_size 2 --starts 8"
+         " --train_every 20 --save_every 20 --log_every 20 --horizon 2").split()
+
+
+@pytest.mark.parametrize("space, answer, seen", [
+    (gymnasium.spaces.Box(-9, 9, (2,), np.float64), np.array([1.5, -2.0]), [1.5, -2.0]),
+    (gymnasium.spaces.Box(0, 99, (2,), np.int32), [7, 9], [7, 9]),
+    (gymnasium.spaces.Discrete(4), 2, [0, 0, 1, 0]),
+    (gymnasium.spaces.Discrete(4, start=-1), np.int64(2), [0, 0, 0, 1]),
+], ids=["floats", "integers", "discrete", "discrete from -1"])
+def test_vectors_of_all_kinds_reach_the_agent(registered, space, answer, seen):
+    """Boxes of one axis as float32, Discrete as one-hot."""
+    env = train.make_env(registered(observations=space, answer=answer))
+    observation, _ = env.reset(seed=0)
+    assert observation.dtype == np.float32 and observation.tolist() == seen
+    assert env.observation_space.shape == observation.shape and (env.step(0)[0] == observation).all()
+
+
+@pytest.mark.parametrize("shape", [(96, 96, 3), (210, 160, 3), (84, 84), (84, 84, 1), (30, 20, 3), (64, 64, 3)])
+def test_images_of_any_size_reach_the_agent(registered, shape):
+    """As 64x64 colours, averaged by the code that Atari uses: brightness stays where it is."""
+    image = np.zeros(shape, np.uint8)
+    image[:shape[0] // 2] = 200
+    env = train.make_env(registered(observations=gymnasium.spaces.Box(0, 255, shape, np.uint8), answer=image))
+    for observation in (env.reset(seed=0)[0], env.step(1)[0]):
+        assert observation.shape == (64, 64, 3) and observation.dtype == np.uint8
+        assert (observation[:32] == 200).all() and (observation[32:] == 0).all()
+    assert train.make_config({"game": "Tiny-v0", "device": "cpu"}).preset == "cpu"
+
+
+@pytest.mark.parametrize("options, words", [
+    (dict(observations=gymnasium.spaces.Dict({"a": gymnasium.spaces.Discrete(2)})), ["Dict(", "FlattenObservation"]),
+    (dict(observations=gymnasium.spaces.Tuple([gymnasium.spaces.Discrete(2)])), ["Tuple(", "FlattenObservation"]),
+    (dict(observations=gymnasium.spaces.MultiBinary(3)), ["MultiBinary(3)", "FlattenObservation"]),
+    (dict(observations=gymnasium.spaces.MultiDiscrete([3, 2])), ["MultiDiscrete([3 2])", "FlattenObservation"]),
+    (dict(observations=gymnasium.spaces.Box(0, 1, (4, 4))), ["Box(", "FlattenObservation"]),
+    (dict(observations=gymnasium.spaces.Box(0, 1, (64, 64, 3))), ["float32", "images of uint8", "TransformObs"]),
+    (dict(observations=gymnasium.spaces.Box(0, 255, (3, 64, 64), np.uint8)), ["(3, 64, 64)", "TransformObs"]),
+    (dict(actions=gymnasium.spaces.Box(-1, 1, (2,))), ["actions Box(", "Discrete", "TransformAction"]),
+    (dict(actions=gymnasium.spaces.MultiDiscrete([3, 2])), ["actions MultiDiscrete([3 2])", "TransformAction"]),
+    (dict(actions=gymnasium.spaces.Discrete(257)), ["actions Discrete(257)", "up to 256"]),
+    (dict(nonsense=1), ["Tiny-v0 cannot be made", "TypeError", "nonsense"]),
+])
+def test_unsupported_spaces_are_one_clear_line(registered, refused, options, words):
+    """The line names the space found, what is supported and the wrapper that converts it."""
+    line = refused("train.py", "--game", registered(**options))
+    assert all(word in line for word in ["Tiny-v0", *words]), line
+
+
+def test_actions_may_start_anywhere(registered):
+    """The environment gets its own numbers, the agent counts from 0."""
+    env = train.make_env(registered(actions=gymnasium.spaces.Discrete(3, start=5)))
+    env.reset(seed=0)
+    for action in range(3):
+        env.step(np.int64(action))
+    assert env.action_space == gymnasium.spaces.Discrete(3) and env.unwrapped.taken == [5, 6, 7]
+
+
+def test_time_limits_are_truncation_and_every_episode_has_one(registered):
+    """An environment's own limit cuts an episode without ending it, with its last observation and reward; one
+    that has none gets Atari's."""
+    env = train.make_env(registered(limit=4))
+    env.reset(seed=0)
+    steps = [env.step(0) for _ in range(4)]
+    assert [step[2:4] for step in steps] == [(False, False)] * 3 + [(False, True)]
+    assert steps[-1][0][0] == 4 and steps[-1][1] == 1 and env.max_steps == 4
+    assert train.make_env(registered()).max_steps == 27_000
+
+
+def test_a_module_of_ones_own(tmp_path, monkeypatch, refused):
+    """--game my_module:MyEnv-v0 imports the module, which registers it; auto finds the preset for vectors."""
+    (tmp_path / "corridor.py").write_text(
+        "import gymnasium\nfrom test_hieros import Tiny\ngymnasium.register('Corridor-v0', Tiny)\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    config = train.make_config({"game": "corridor:Corridor-v0", "device": "cpu"})
+    assert (config.game, config.preset) == ("corridor:Corridor-v0", "vector")
+    assert config.logdir == "runs/corridor_Corridor-v0-0"
+    env = train.make_env(config.game, render_mode="rgb_array")
+    env.reset(seed=0)
+    assert env.render().shape == (40, 60, 3) and train.make_env(config.game).render_mode is None
+    assert "nearest: Corridor-v0" in refused("train.py", "--game", "corridor:Coridor-v0")
+
+
+def test_own_games_are_scored_beside_random_play(registered, tmp_path, capsys):
+    """A run of one ends with mean, error and episodes, and with 20 episodes of random play from the same
+    evaluation; its result says all that is known of where it comes from."""
+    directory = tmp_path / "a run"
+    assert train.main(["--game", registered(limit=6), "--logdir", str(directory), *QUICK]) == 0
+    text = capsys.readouterr().out
+    assert "score 6.0 +- 0.0 (standard error of 2 episodes); random play 6.0 +- 0.0 (20 episodes)" in text
+    assert "device cpu, float32, writing" in text  # on a CPU TF32 is float32
+    found = json.loads((directory / "evaluation.json").read_text())
+    assert found["random"] is found["human"] is found["human_normalised"] is None
+    assert found["random_measured"]["returns"] == [6.0] * 20 and found["returns"] == [6.0, 6.0]
+    config = train.load_checkpoint(directory / "checkpoint.pt", "cpu")["config"]
+    assert found["config"] == config and config["game"] == "Tiny-v0" and config["precision"] == "tf32"
+    assert found["versions"].keys() == {"python", "torch", "gymnasium", "ale-py", "numpy"}
+    assert found["versions"]["torch"] == torch.__version__ and found["threads"] == torch.get_num_threads()
+    assert found["evaluation_seed"] == 0 and found["device"] == "cpu" and found["agent_steps"] == 60
+    assert found["trained_by"] == [found["commit"] + "+" * found["dirty"]] and found["hours"] >= 0
+    assert found["curve"] == [[6 * i, 6.0] for i in range(1, 10)] and "command" in found
+
+
+def test_an_environment_that_cannot_be_saved_starts_a_new_episode(registered, tmp_path, capsys):
+    """All else continues; its random numbers too, and the message says so."""
+    name, directory = registered(), tmp_path / "run"
+    run = train.Run(train.make_config({"preset": "debug", "game": name, "device": "cpu", "logdir": str(directory)}),
+                    train.make_env(name))
+    for _ in range(3):
+        run.play(0)
+    run.save()
+    other = train.Run(dataclasses.replace(run.config, seed=5), train.make_env(name))
+    assert other.restore(train.load_checkpoint(directory / "checkpoint.pt", "cpu")) is False
+    assert other.now["is_first"][0] and other.score == 0 and other.step == 3 and other.env.t == 0
+    assert (run.env.reset()[0] == other.now["observation"][0]).all()  # the same random number
+    capsys.readouterr()
+    again = ["--resume", "--logdir", str(directory), "--steps", "310"]
+    assert train.main(again) == 0
+    assert "resumed at step 3, in a new episode: Tiny-v0 saves none" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("fault, words", [
+    (ZeroDivisionError("by hand"), ["ZeroDivisionError, by hand", "test_hieros.py, line"]),
+    (np.array([1.0, np.nan, 0]), ["not in Box"]), (np.array([1.0, 99, 0]), ["not in Box"]),
+    (np.array([1.0, 0]), ["not in Box"]), (None, ["reward", "not finite"])],
+    ids=["raises", "NaN", "outside", "shape", "reward"])
+def test_an_environment_that_fails_is_named(registered, refused, tmp_path, fault, words):
+    """One line with the environment, the step and what is wrong; the last checkpoint stays."""
+    name = registered(**(dict(reward=1e300) if fault is None else dict(fault=fault)))
+    with pytest.raises(train.UsageError) as error, warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of 1e300 as float32
+        train.main(["--game", name, "--logdir", str(tmp_path / "run"), *QUICK])
+    step = 1 if fault is None else 7
+    for word in [f"Tiny-v0 fails at step {step} of an episode", "the last checkpoint in", *words]:
+        assert word in str(error.value)
+    assert "\n" not in str(error.value)
+    assert train.load_checkpoint(tmp_path / "run" / "checkpoint.pt", "cpu")["step"] == 0
+
+
+@pytest.mark.parametrize("reward", [1e6, -1e6, 1e-9, np.float64(3), 2, True])
+def test_rewards_may_have_any_size_and_type(registered, tmp_path, reward):
+    """Nothing overflows, and the score is their sum."""
+    name = registered(reward=reward)
+    assert train.main(["--game", name, "--logdir", str(tmp_path / "run"), *QUICK]) == 0
+    found = json.loads((tmp_path / "run" / "evaluation.json").read_text())
+    assert found["returns"] == pytest.approx([10 * float(reward)] * 2)
+
+
+# Directories, streams, files.
+
+def test_a_first_save_that_was_cut_short_is_no_dead_end(registered, refused, tmp_path, monkeypatch):
+    """The very same command works again after a first save that was killed or met a full disk, with or without
+    --resume; and --resume where there is nothing yet starts a run. Files of others are never touched."""
+    for flags in ([], ["--resume"]):
+        command = ["--game", registered(), "--logdir", str(tmp_path / f"run {len(flags)}"), *QUICK, *flags]
+
+        def full(*_):
+            raise OSError(28, "No space left on device")
+
+        with monkeypatch.context() as patch:
+            patch.setattr(train.torch, "save", full)
+            with pytest.raises(train.UsageError, match="cannot be used: No space left"):
+                train.main(command)
+        directory = tmp_path / f"run {len(flags)}"
+        (directory / "replay-0" / "000000000-000000007.npz").write_text("half")
+        (directory / "metrics.jsonl").write_text("half")
+        assert not (directory / "checkpoint.pt").exists()
+        assert train.main(command) == 0
+        assert all("step" in json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines())
+        (directory / "checkpoint.pt").unlink()  # there is a result: more than such remains
+        assert "checkpoint.pt does not exist" if flags else "is no run" in refused("train.py", *command)
+    assert train.main(["--game", "Tiny-v0", "--resume", "--logdir", str(tmp_path / "new"), *QUICK]) == 0
+
+
+def test_a_second_process_in_a_directory_is_refused(registered, refused, tmp_path):
+    """By name, before it touches anything; the lock that a killed process leaves behind blocks nobody."""
+    pytest.importorskip("fcntl")
+    command = ["--game", registered(), "--logdir", str(tmp_path / "run"), *QUICK]
+    with train.alone_in(tmp_path / "run"):
+        assert "run is in use" in refused("train.py", *command)
+        assert "run is in use" in refused("train.py", *command, "--resume")
+    assert (tmp_path / "run" / "lock").exists() and train.main(command) == 0
+    with train.alone_in(tmp_path / "run"):
+        assert "run is in use" in refused("train.py", *command, "--resume")
+    assert train.main([*command, "--resume"]) == 0
+
+
+def test_a_terminal_that_has_gone_away_costs_no_score(tmp_path):
+    """With standard output and error closed at the other end a run trains to its end, writes its score and
+    exits with 0."""
+    read, write = os.pipe()
+    command = [sys.executable, "train.py", "--game", "CartPole-v1", "--logdir", str(tmp_path / "run"), *QUICK]
+    process = subprocess.Popen(command, cwd=HERE, stdout=write, stderr=write)
+    os.close(write)
+    os.close(read)
+    assert process.wait(timeout=120) == 0
+    assert len(json.loads((tmp_path / "run" / "evaluation.json").read_text())["returns"]) == 2
+
+
+def test_a_score_that_cannot_be_written_is_not_played_for(registered, tmp_path, monkeypatch):
+    """Whether the result can be written is found out before the evaluation, and said as such."""
+    command = ["--game", registered(), "--logdir", str(tmp_path / "it's a run"), *QUICK]
+    assert train.main(command) == 0
+    monkeypatch.setattr(train, "evaluation", lambda *_: pytest.fail("played"))
+    (tmp_path / "it's a run" / "writing.tmp").mkdir()
+    again = re.escape(f"""{tmp_path}/it'"'"'s a run' --resume""")
+    with pytest.raises(train.UsageError, match="cannot be written.*make room.*--logdir '" + again):
+        train.main([*command, "--resume"])
+
+
+def test_tensorboard_is_optional(tmp_path, monkeypatch, capsys):
+    """A missing one is not missed, a broken one is said in a line; a resumed run hides what a killed one wrote
+    beyond its checkpoint."""
+    boards = []
+
+    class Board:
+        def __init__(self, directory, purge_step):
+            boards.append(purge_step)
+
+        def add_scalar(self, name, value, step):
+            pass
+
+    def broken(*_, **__):
+        raise AttributeError("module 'numpy' has no attribute 'bool8'")
+
+    module = types.ModuleType("torch.utils.tensorboard")
+    for writer, says in ((None, ""), (broken, "no TensorBoard: AttributeError"), (Board, "")):
+        module.SummaryWriter = writer
+        monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", module if writer else None)
+        log = train.Log(tmp_path)
+        log.restore({"bytes": 0, "sums": {}}, 40)
+        log.write(41, {"a": 1.0})
+        error = capsys.readouterr().err
+        assert says in error and error.count("\n") == bool(says)
+    assert boards == [41]
+    assert (tmp_path / "metrics.jsonl").read_text() == '{"step": 41, "a": 1.0}\n'
+
+
+@pytest.mark.parametrize("damage, says", [
+    (lambda c: c | {"env": c["env"] | {"ale": {"numpy": c["env"]["ale"]["numpy"][:99]}}}, ""),
+    (lambda c: c | {"env": c["env"] | {"screen": {"numpy": torch.zeros(3, 3, 3, dtype=torch.uint8)}}}, ""),
+    (lambda c: c | {"env": c["env"] | {"frames": "few"}}, "ValueError"),
+    (lambda c: c | {"step": "5"}, "TypeError"), (lambda c: c | {"step": -1}, "ValueError, step -1"),
+    (lambda c: c | {"curve": [["a", "b"]]}, "TypeError"), (lambda c: c | {"curve": [[9, 1.0]]}, "curve"),
+    (lambda c: c | {"seconds": float("nan")}, "seconds"), (lambda c: c | {"updates": ["x", 1]}, "TypeError"),
+    (lambda c: c | {"score": None}, "TypeError"), (lambda c: c | {"memory": {"t": 3}}, "KeyError"),
+    (lambda c: c | {"now": {}}, "TypeError"), (lambda c: c | {"replay_totals": [1]}, "ValueError"),
+    (lambda c: c | {"log": {"bytes": "x", "sums": {0: 1}}}, "TypeError"),
+], ids=str)
+def test_a_checkpoint_edited_by_hand_is_one_clear_line(saved_run, refused, tmp_path, damage, says):
+    """Whatever stands in it: texts for numbers, parts of a state, times before the beginning."""
+    shutil.copytree(saved_run, tmp_path / "run")
+    path = tmp_path / "run" / "checkpoint.pt"
+    torch.save(damage(torch.load(path, weights_only=True)), path)
+    line = refused("train.py", "--resume", "--logdir", "run")
+    assert "run/checkpoint.pt is damaged or not a checkpoint" in line and says in line, line
+
+
+# The score.
+
+class Chooser:
+    """An agent that notes what it is told, and chooses as `choose` says."""
+
+    def __init__(self, choose=lambda observation: np.zeros(len(observation), int)):
+        self.choose, self.told = choose, []
+
+    def initial_memory(self, n):
+        return 0
+
+    def discretise(self):
+        return []
+
+    def act(self, memory, observation, reward, is_first, is_last, is_terminal, discretised):
+        self.told.append([observation[:, 0].copy(), np.array(reward), is_first.copy(), is_last.copy(),
+                          is_terminal.copy()])
+        return memory + 1, [{"action": F.one_hot(torch.as_tensor(self.choose(observation)), 3)}]
+
+
+class Lengths(gymnasium.Env):
+    """The k-th episode of the i-th environment has LENGTHS[i, k] steps of reward 1; every second is cut off, not
+    ended. The observation is the step in the episode."""
+
+    LENGTHS, made = np.random.default_rng(0).integers(1, 9, (2, 99)), []
+    observation_space, action_space = gymnasium.spaces.Box(0, 99, (1,), np.float32), gymnasium.spaces.Discrete(3)
+
+    def __init__(self):
+        self.lengths, self.episode = self.LENGTHS[len(self.made)], -1
+        self.made.append(self)
+
+    def reset(self, *, seed=None, options=None):
+        self.t, self.episode = 0, self.episode + 1
+        return np.float32([0]), {}
+
+    def step(self, action):
+        self.t += 1
+        last, cut = self.t == self.lengths[self.episode], self.episode % 2 == 1
+        return np.float32([self.t]), 1.0, last and not cut, last and cut, {}
+
+
+def test_scores_of_several_unequal_episodes(monkeypatch):
+    """Two environments of 17 episodes each, of unequal lengths: scores do not run on, unfinished and surplus
+    episodes do not count, and the agent is told of each start, each end and each reward."""
+    monkeypatch.setattr(Lengths, "made", [])
+    agent = Chooser()
+    returns = train.play(agent, Lengths, 34, progress=False)
+    assert returns == Lengths.LENGTHS[:, :17].flatten().tolist()
+    step, reward, first, last, terminal = map(np.array, zip(*agent.told))
+    assert (first == (step == 0)).all() and (reward == (step > 0)).all()
+    for i in range(2):
+        ends = np.flatnonzero(last[:, i])
+        assert len(ends) >= 16 and (np.diff(ends) == Lengths.LENGTHS[i, 1:len(ends)] + 1).all()
+        assert (terminal[ends, i] == (np.arange(len(ends)) % 2 == 0)).all() and not terminal[~last].any()
+
+
 def test_every_environment_plays_its_share():
-    """Episodes are shared out evenly, so that short ones are not favoured; returns are exact."""
-    agent = small(1, (16,), 3)
+    """Episodes are shared out evenly, so that short ones are not favoured; each environment has its own random
+    numbers, and the same seed gives the same scores; without an agent the actions are random."""
+    agent, actions = small(1, (16,), 3), []
     returns = train.play(agent, Catch, 12, progress=False)
-    assert len(returns) == 12 and set(returns) <= {0.0, 1.0, 2.0, 3.0}
+    assert len(returns) == 12 and set(returns) <= {0.0, 1.0, 2.0, 3.0} and len(set(returns)) > 1
+
+    class Noting(Catch):
+        def step(self, action):
+            actions.append(int(action))
+            return super().step(action)
+
+    found = [train.play(None, Noting, 48, seed=seed, progress=False) for seed in (0, 0, 1)]
+    assert found[0] == found[1] != found[2] and np.mean(found) < 1.2
+    assert (np.bincount(actions) > 0.3 * len(actions)).all()
+    scores = [train.play(Chooser(lambda o: np.argmax(o[:, :5], 1).clip(0, 2)), Catch, 32, progress=False),
+              train.play(Chooser(perfect), Catch, 32, progress=False)]
+    assert scores[1] == [3.0] * 32 and np.mean(scores[0]) < 3  # the actions are those that the agent chose
+
+
+def perfect(observation):
+    """Perfect play of Catch."""
+    return 1 + np.sign(observation[:, :5].argmax(1) - observation[:, 5:10].argmax(1))
 
 
 @pytest.mark.parametrize("levels, steps, seed", [(1, 3700, 0), (2, 4200, 0)])
@@ -1899,7 +2402,7 @@ def saved_run(tmp_path_factory):
     """The directory of a run that has just begun, to be copied."""
     directory = tmp_path_factory.mktemp("saved") / "run"
     run = untrained_run(directory)
-    run.act()  # one step for every replay
+    run.remember(run.act())  # one step for every replay
     run.save()
     return directory
 
