@@ -1,4 +1,4 @@
-"""The hierarchy: what one level learns to do in its imagination, and how the levels share one life.
+"""The hierarchy: what one level learns to do in its imagination, and how the levels act together.
 
 Level 0 sees the game and plays it. Level i+1 sees the states of level i, acts k = 4 times more rarely, and
 its action is a *subgoal* for level i: a point in level i's own state space where it should go. Step by step:
@@ -8,21 +8,21 @@ its action is a *subgoal* for level i: a point in level i's own state space wher
     level 1  *           *           *      *      sees its last 4 level-0 states, up to and including t
     level 2  *                              *      sees its last 4 level-1 states
 
-Within one env step information first flows up (each ticking level updates its state), then intentions flow
-down (each ticking level chooses; its choice is held by the level below until the next tick; level 0 acts).
+A level *ticks* where it has a star. Within one env step information first flows up (each ticking level
+updates its state), then intentions flow down (each ticking level chooses; its choice is held by the level
+below until the next tick; level 0 acts).
 
-Papers: Hieros (Mattes et al. 2024, arXiv 2310.05167); Director (Hafner et al. 2022,
-arXiv 2206.04114) for subgoal autoencoder and cosine-max; DreamerV3 (arXiv 2301.04104) for the actor-critic.
-Read world_model.py before.
+Papers: Hieros (Mattes et al. 2024, arXiv 2310.05167); Director (Hafner et al. 2022, arXiv 2206.04114) for
+subgoal autoencoder and cosine-max; DreamerV3 (arXiv 2301.04104) for the actor-critic. Read world_model.py
+before, replay.py after.
 
-Symbols beside those of world_model.py:
+Symbols (the same in every file; those of world_model.py beside these):
     L, k       number of levels; a level ticks every k ticks of the level below
-    N          states imagined from, or environments played, side by side
+    N          rollouts imagined side by side
     g, g_h     (N,8*8) subgoal code, 8 one-hots of 8 classes; (N,H) the same decoded into the level's h-space
     R          rewards of a level: extrinsic, subgoal (with a level above), novelty (with a level below)
 """
 
-import contextlib
 import copy
 
 import numpy as np
@@ -51,10 +51,11 @@ def lambda_return(reward, discount, value, lam):
 
     reward, discount, value: (horizon, ...) at states 1 ... horizon. Returns R at states 0 ... horizon-1.
     """
-    returns, now, later = [value[-1]], reward + (1 - lam) * discount * value, lam * discount
-    for t in reversed(range(len(reward))):
-        returns.append(torch.addcmul(now[t], later[t], returns[-1]))
-    return torch.stack(returns[:0:-1])
+    R, returns = value[-1], []
+    for r, d, v in zip(reward.flip(0), discount.flip(0), value.flip(0)):
+        R = r + d * ((1 - lam) * v + lam * R)
+        returns.append(R)
+    return torch.stack(returns).flip(0)
 
 
 class ReturnNormaliser(nn.Module):
@@ -67,14 +68,13 @@ class ReturnNormaliser(nn.Module):
         super().__init__()
         self.decay = decay
         self.register_buffer("floors", torch.tensor(floors), persistent=False)
+        self.register_buffer("percentiles", torch.tensor([0.05, 0.95]), persistent=False)
         self.register_buffer("range", torch.zeros(len(floors)))
         self.register_buffer("updates", torch.zeros(()))
 
-    def forward(self, returns):
-        """(..., R) returns of this update -> (R,) scale to divide by."""
-        ordered = returns.flatten(0, -2).sort(0).values  # torch.quantile takes five times as many operations
-        low, high = (torch.lerp(ordered[int(at)], ordered[int(at) + 1], at % 1)
-                     for at in (0.05 * (len(ordered) - 1), 0.95 * (len(ordered) - 1)))
+    def update(self, returns):
+        """Let the scale follow the returns (..., R) of one update. Returns the scale (R,) to divide by."""
+        low, high = torch.quantile(returns.flatten(0, -2), self.percentiles, dim=0)
         self.updates += 1
         # A plain mean at first: the initial zero is forgotten at once and not over 1/(1 - decay) updates.
         self.range.lerp_(high - low, self.updates.reciprocal().clamp(min=1 - self.decay))
@@ -187,7 +187,11 @@ class Level(nn.Module):
     observation_shape: as for WorldModel. action_shape, subgoal_shape: (categoricals, classes) of the action
     and of the subgoal that it is given; (0, 8) at the top, where no one gives any; code_shape: of every
     subgoal. rewards: {name: weight}. model: keyword arguments of WorldModel. horizon: imagined steps; starts:
-    imagined rollouts an update (at most B*T).
+    imagined rollouts an update (at most B*T). gamma, lam: discount and lambda of the returns. slow: share by
+    which the slow critics follow, an update. *_lr: learning rates.
+
+    gamma is per tick of the level, and level 1's tick is 4 steps of the game: with the same gamma a higher
+    level looks 4 times further ahead, which is what it is there for.
     """
 
     # Returns of the game are worth their own noise only from about one point on; those of the other two
@@ -195,9 +199,9 @@ class Level(nn.Module):
     # would mute them.
     FLOORS = {"extrinsic": 1.0, "subgoal": 0.1, "novelty": 0.01}
 
-    def __init__(self, observation_shape, action_shape, subgoal_shape, code_shape, rewards, model, horizon=16,
-                 starts=1024, gamma=0.997, lam=0.95, entropy_scale=3e-4, slow=0.02, model_lr=1e-4,
-                 encoder_lr=1e-4, actor_lr=3e-5, critic_lr=3e-5, autoencoder_lr=1e-4):
+    def __init__(self, observation_shape, action_shape, subgoal_shape, code_shape, rewards, model, *, horizon,
+                 starts, gamma, lam, entropy_scale, slow, model_lr, encoder_lr, actor_lr, critic_lr,
+                 autoencoder_lr):
         super().__init__()
         self.action_shape, self.subgoal_shape, self.rewards = action_shape, subgoal_shape, rewards
         self.horizon, self.starts, self.gamma, self.lam = horizon, starts, gamma, lam
@@ -223,8 +227,8 @@ class Level(nn.Module):
         """Draw an action (N, n*classes) for N States and subgoal codes (N, 8*8)."""
         return sample_onehot(self.actor(state.feature(subgoal))).flatten(-2)
 
-    def dense(self, batch):
-        """The observation of a replay batch as the world model sees it: floats, one-hot, stacked."""
+    def observation(self, batch):
+        """The observation of a replay batch as the world model takes it: floats, one-hot, stacked."""
         if "observation" in batch:  # level 0: an image as bytes, channels last, or a vector
             o = batch["observation"]
             return o.movedim(-1, -3) / 255 if o.dtype == torch.uint8 else o
@@ -237,17 +241,20 @@ class Level(nn.Module):
 
         Returns metrics {name: scalar tensor}, still on the device.
         """
+        observation = self.observation(batch)
         action = onehot(batch["action"], self.action_shape[1]).flatten(-2)
         subgoal = onehot(batch["subgoal"], self.subgoal_shape[1]).flatten(-2)
 
         # 1. The world model, on real sequences.
-        loss, states, metrics = self.world_model.loss(self.dense(batch), action, batch["reward"],
+        self.world_model.update_mean(observation)
+        loss, states, metrics = self.world_model.loss(observation, action, batch["reward"],
                                                       batch["is_first"], batch["is_terminal"])
         loss.backward()
         metrics["opt/model_grad_norm"] = self.optimisers["model"].step()
 
-        # 2. Imagine from the states of the batch, each with the subgoal that was held there. Nothing comes
-        # after a terminal state: what is imagined from one has weight zero.
+        # 2. Imagine from the states of the batch, each with the subgoal that was held there, for the whole
+        # rollout: longer than its k ticks of life, but what comes after is known to no one (as published).
+        # Nothing comes after a terminal state: what is imagined from one has weight zero.
         states = states.map(lambda field: field.flatten(0, 1))
         subgoal, alive = subgoal.flatten(0, 1), 1 - batch["is_terminal"].flatten().float()
         if self.starts < len(alive):
@@ -270,28 +277,21 @@ class Level(nn.Module):
 
         # 4. Actor and critics.
         feature = states.feature(subgoal.expand(len(states.h), -1, -1))
-        discount = self.gamma * states.cont[1:]
-        loss, more = self.behaviour_loss(feature, actions, reward, discount, alive)
-        loss.backward()  # actor and critics share no parameter, so one pass serves both
-        for name in ("actor", "critic"):
-            metrics[f"opt/{name}_grad_norm"] = self.optimisers[name].step()
-        with torch.no_grad():
-            torch._foreach_lerp_(list(self.slow_critics.parameters()), list(self.critics.parameters()),
-                                 self.slow)  # one launch for all of them
-        return metrics | more
+        return metrics | self.update_behaviour(feature, actions, reward, self.gamma * states.cont[1:], alive)
 
-    def behaviour_loss(self, feature, actions, reward, discount, alive):
-        """REINFORCE and the critics' loss on imagined rollouts.
+    def update_behaviour(self, feature, actions, reward, discount, alive):
+        """One training step of actor and critics on imagined rollouts: REINFORCE, and two-hot regression.
 
-        feature (horizon+1,N,F), actions (horizon,N,A), reward (horizon,N,R), discount (horizon,N), alive
-        (N,). Returns (the sum of both, metrics).
+        feature (horizon+1,N,F) of states 0 ... horizon; actions (horizon,N,A) taken in 0 ... horizon-1;
+        reward (horizon,N,R) and discount (horizon,N) of states 1 ... horizon; alive (N,): 0 for rollouts that
+        start at an episode's end. Returns metrics.
         """
         twohot = self.critics.twohot
         logits = self.critics(feature)  # (horizon+1, N, R, bins): evaluated once, with gradients
         with torch.no_grad():
             value = twohot.mean(logits)  # (horizon+1, N, R)
             returns = lambda_return(reward, discount[..., None], value[1:], self.lam)
-            scale = self.normaliser(returns)
+            scale = self.normaliser.update(returns)
             advantage = ((returns - value[:-1]) / scale * self.weights).sum(-1)  # (horizon, N)
             # How likely it is that the episode has not ended before state t.
             weight = torch.cumprod(torch.cat([alive[None], discount[:-1]]), 0)
@@ -303,15 +303,21 @@ class Level(nn.Module):
         policy_entropy = entropy(p)
         actor_loss = -(weight * (log_p * advantage + self.entropy_scale * policy_entropy)).mean()
         # The slow copy holds the critic back, or it would chase its own bootstrapped predictions.
-        critic_loss = twohot.loss(logits[:-1], returns, slow_value)
+        critic_loss = twohot.loss(logits[:-1], returns) + twohot.loss(logits[:-1], slow_value)
         critic_loss = (weight[..., None] * critic_loss).mean((0, 1))  # (horizon, N, R) -> (R,)
 
-        metrics = {"loss/policy": actor_loss.detach(), "ent/action": policy_entropy.detach().mean(),
-                   "adv_std": advantage.std()}
+        (actor_loss + critic_loss.sum()).backward()  # they share no parameter, so one pass serves both
+        metrics = {f"opt/{name}_grad_norm": self.optimisers[name].step() for name in ("actor", "critic")}
+        with torch.no_grad():
+            for slow, fast in zip(self.slow_critics.parameters(), self.critics.parameters()):
+                slow.lerp_(fast, self.slow)
+
+        metrics |= {"loss/policy": actor_loss.detach(), "ent/action": policy_entropy.detach().mean(),
+                    "adv_std": advantage.std()}
         for kind, values in {"rew/": reward.mean((0, 1)), "ret/": returns.mean((0, 1)), "ret_scale/": scale,
                              "val/": value.mean((0, 1)), "loss/value_": critic_loss.detach()}.items():
             metrics |= {kind + name: values[i] for i, name in enumerate(self.rewards)}
-        return actor_loss + critic_loss.sum(), metrics
+        return metrics
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -367,128 +373,115 @@ class Hieros(nn.Module):
         return [level.world_model.sequence.discretise() for level in self.levels]
 
     @torch.inference_mode()
-    def act(self, memory, observation, reward, is_first, is_last, is_terminal, discretised=None):
+    def act(self, memory, observation, reward, is_first, is_last, is_terminal, discretised):
         """One env step of n environments, at any stage of their episodes each.
 
-        memory: of the previous step. observation: (n, ...) as the environment gives it; reward (n,) that came
-        with it; is_first, is_last, is_terminal (n,): numpy arrays. Every level ticks at an episode's last
-        step, on the grid or not: what has come since its last tick, the final reward and the end itself,
-        would be lost otherwise. discretised: what `discretise` returned for the present weights, if at hand.
+        memory: of the previous step, left as it is. observation: (n, ...) as the environment gives it; reward
+        (n,) that came with it; is_first, is_last, is_terminal (n,): numpy arrays. discretised: what
+        `discretise` returned for the present weights. Every level ticks at an episode's last step, on the
+        grid or not: what has come since its last tick, the final reward and the end itself, would be lost
+        otherwise.
 
-        Returns the new memory, the game action (n,), and a list of ticks from level 0 upwards: for each level
-        that ticked {name: (rows, ...)}, all that its replay stores, the State, and the rows of the n that
-        ticked.
+        Returns the new memory and a list of ticks from level 0 upwards, one for each level in which some
+        environment ticks: {"ticked": (n,) which ones, and (n, ...) what their replay stores}. Level 0's
+        "action" is the game's, one-hot.
         """
         t = np.where(is_first, 0, memory["t"] + 1)
-        new = {"t": t, "levels": [dict(level) for level in memory["levels"]]}
-        ticks = []
-        for own in new["levels"]:
-            own["reward"] = own["reward"] + np.float32(reward)
-            if is_first.any():  # these start afresh, at every level
-                own["reward"][is_first] = 0
-                keep = torch.as_tensor(~is_first, device=own["x"].device)
-                for name in ("x", "z", "action", "recent"):
-                    own[name] = own[name] * keep.view(-1, *[1] * (own[name].ndim - 1))
+        levels, ticks = [], []
+        for before in memory["levels"]:  # at an episode's start every level starts afresh, from zeros
+            after = {name: _where(is_first, torch.zeros_like(before[name]), before[name])
+                     for name in ("x", "z", "action", "recent")}
+            reward_since = np.where(is_first, 0, before["reward"] + np.float32(reward))
+            levels.append(after | {"subgoal": before["subgoal"], "reward": reward_since})
 
         # Bottom-up: each ticking level updates its state.
-        for i, (level, own) in enumerate(zip(self.levels, new["levels"])):
-            rows, = ((t % self.k ** i == 0) | is_last).nonzero()
-            if len(rows) == 0:
+        for i, (level, now) in enumerate(zip(self.levels, levels)):
+            ticked = (t % self.k ** i == 0) | is_last
+            if not ticked.any():
                 break
-            device = level.weights.device
-            index = slice(None) if len(rows) == len(t) else torch.as_tensor(rows, device=device)
-            tick = {"rows": rows, "index": index}
+            tick = {"ticked": ticked, "reward": now["reward"], "is_first": is_first, "is_last": is_last,
+                    "is_terminal": is_terminal}
             if i == 0:
-                tick["observation"] = observation[rows]
-                seen = level.dense({"observation": torch.as_tensor(tick["observation"], device=device)})
+                tick["observation"] = observation
+                seen = level.observation({"observation": torch.as_tensor(observation).to(now["z"].device)})
             else:
-                tick["recent"] = new["levels"][i - 1]["recent"][index]
+                tick["recent"] = levels[i - 1]["recent"]
                 seen = tick["recent"].flatten(1)
-            x, z, action, recent = (own[name][index] for name in ("x", "z", "action", "recent"))
-            given = {} if discretised is None else {"discretised": discretised[i]}
-            with _onednn(len(rows) > 1):
-                tick["state"] = state = level.world_model.step(x, z, action, seen, **given)
-            now = torch.cat([state.z.flatten(-2), symlog(state.h)], -1)
-            own["x"], own["z"] = _put(own["x"], index, state.x), _put(own["z"], index, state.z)
-            own["recent"] = _put(own["recent"], index, torch.cat([recent[:, 1:], now[:, None]], 1))
-            tick |= {"reward": own["reward"][rows], "is_first": is_first[rows], "is_last": is_last[rows],
-                     "is_terminal": is_terminal[rows]}
-            own["reward"][rows] = 0
+            tick["state"] = state = level.world_model.observe_step(now["x"], now["z"], now["action"], seen,
+                                                                   discretised[i])
+            newest = torch.cat([state.z.flatten(-2), symlog(state.h)], -1)[:, None]
+            recent = torch.cat([now["recent"][:, 1:], newest], 1)
+            for name, value in (("x", state.x), ("z", state.z), ("recent", recent)):
+                now[name] = _where(ticked, value, now[name])
+            now["reward"] = np.where(ticked, 0, now["reward"])
             ticks.append(tick)
 
         # Top-down: each ticking level chooses; the one below, which ticks whenever it does, holds the choice.
-        for i in reversed(range(len(ticks))):
-            own, tick = new["levels"][i], ticks[i]
-            tick["subgoal"] = own["subgoal"][tick["index"]]
+        for i, tick in reversed(list(enumerate(ticks))):
+            tick["subgoal"] = levels[i]["subgoal"]
             tick["action"] = self.levels[i].policy(tick["state"], tick["subgoal"])
-            own["action"] = _put(own["action"], tick["index"], tick["action"])
+            levels[i]["action"] = _where(tick["ticked"], tick["action"], levels[i]["action"])
             if i > 0:
-                below = new["levels"][i - 1]
-                below["subgoal"] = _put(below["subgoal"], tick["index"], tick["action"])
-        return new, ticks[0]["action"].argmax(-1).cpu().numpy(), ticks
+                below = levels[i - 1]
+                below["subgoal"] = _where(tick["ticked"], tick["action"], below["subgoal"])
+        return {"t": t, "levels": levels}, ticks
 
-    def transition(self, i, tick):
-        """One tick of level i, of a single environment, as the step that its replay stores: {name: array}."""
-        level = self.levels[i]
-        step = {name: tick[name] for name in ("reward", "is_first", "is_last", "is_terminal")}
-        for name, shape in (("action", level.action_shape), ("subgoal", level.subgoal_shape)):
-            step[name] = tick[name].unflatten(-1, shape).argmax(-1).cpu().numpy()
-        if i == 0:
-            step["observation"] = tick["observation"]
-        else:
-            stoch, classes = self.levels[i - 1].world_model.z_shape
-            z, h = tick["recent"].split([stoch * classes, self.levels[i - 1].world_model.hidden], -1)
-            numbers = torch.arange(1, classes + 1, device=z.device, dtype=z.dtype)
-            # A z of zeros becomes number 0.
-            step["z"] = (z.unflatten(-1, (stoch, classes)) @ numbers).cpu().numpy()
-            step["h"] = h.cpu().numpy()
-        return {name: value[0] for name, value in step.items()}
-
-
-def _put(tensor, index, rows):
-    """A copy of `tensor` with the rows at `index` replaced."""
-    if len(rows) == len(tensor):  # all of them
-        return rows
-    tensor = tensor.clone()
-    tensor[index] = rows
-    return tensor
+    def transitions(self, ticks):
+        """The ticks of a single environment as the steps that the replays store: [{name: array}], a level
+        each. All come from the device in one copy: on a GPU each copy waits for it."""
+        fields = []  # (level, name, tensor)
+        for i, (level, tick) in enumerate(zip(self.levels, ticks)):
+            for name, shape in (("action", level.action_shape), ("subgoal", level.subgoal_shape)):
+                fields.append((i, name, tick[name].unflatten(-1, shape).argmax(-1)))
+            if i > 0:
+                stoch, classes = self.levels[i - 1].world_model.z_shape
+                z, h = tick["recent"].split([stoch * classes, self.levels[i - 1].world_model.hidden], -1)
+                z = z.unflatten(-1, (stoch, classes))
+                fields.append((i, "z", (z.argmax(-1) + 1) * z.sum(-1)))  # a z of zeros becomes number 0
+                fields.append((i, "h", h))
+        copied = torch.cat([tensor.flatten().float() for *_, tensor in fields]).cpu().numpy()
+        ends = np.cumsum([tensor.numel() for *_, tensor in fields])
+        steps = [{name: tick[name][0] for name in self.specs[i] if isinstance(tick.get(name), np.ndarray)}
+                 for i, tick in enumerate(ticks)]
+        for (i, name, _), part in zip(fields, np.split(copied, ends)):
+            shape, dtype = self.specs[i][name]
+            steps[i][name] = part.reshape(shape).astype(dtype)
+        return steps
 
 
-@contextlib.contextmanager
-def _onednn(enabled):
-    """A context with or without oneDNN, which on CPUs is fast with batches, but rearranges the weights of
-    convolutions at each call: too dear for a single state."""
-    before = torch.backends.mkldnn.enabled
-    torch.backends.mkldnn.enabled = enabled and before
-    try:
-        yield
-    finally:
-        torch.backends.mkldnn.enabled = before
+def _where(rows, new, old):
+    """`new` (n, ...) in these rows, (n,) booleans, `old` in the others; neither is changed."""
+    if rows.all() or not rows.any():
+        return new if rows.all() else old
+    return torch.where(torch.as_tensor(rows, device=old.device).view(-1, *[1] * (old.ndim - 1)), new, old)
 
 
 def small(levels=3, observation_shape=(4,), actions=3, **behaviour):
     """A small agent for demonstrations and tests."""
-    model = dict(stoch=8, classes=8, hidden=64, state_size=32, s5_layers=2, units=64, mlp_layers=1)
+    model = dict(stoch=8, classes=8, hidden=64, state_size=32, s5_layers=2, memory=64, units=64, mlp_layers=1,
+                 depth=24, first_stride=2, sharpness=1.0, kl_warmup=0)
+    behaviour = dict(horizon=16, starts=1024, gamma=0.997, lam=0.95, entropy_scale=3e-4, slow=0.02,
+                     model_lr=1e-4, encoder_lr=1e-4, actor_lr=3e-5, critic_lr=3e-5, autoencoder_lr=1e-4
+                     ) | behaviour
     weights = {"extrinsic": 1.0, "subgoal": 0.3, "novelty": 0.1}
     return Hieros(observation_shape, actions, levels, 4, (8, 8), weights, model, behaviour)
 
 
-if __name__ == "__main__":  # a demonstration: one episode of 18 steps in the life of three levels
+if __name__ == "__main__":  # a demonstration: one episode of 18 steps of three levels
     torch.manual_seed(0)
-    agent = small()
-    memory, last = agent.initial_memory(1), 18
-    print("reward 1 a step, the episode ends at t = 18.  "
-          "Each tick: reward since the last one, states seen (1) or not yet (0)")
-    titles = "".join(f"{f'level {i}':>18}" for i in range(3))
-    print("   t   " + titles + "   first number of each held subgoal")
+    agent, last = small(), 18
+    memory, discretised = agent.initial_memory(1), agent.discretise()
+    print("reward 1 a step, the episode ends at t = 18. Each tick: reward since the last one, states seen (1)"
+          "\nor not yet (0)\n   t   " + "".join(f"{f'level {i}':>18}" for i in range(3))
+          + "   first number of each held subgoal")
     for t in range(last + 1):
         flags = [np.array([flag]) for flag in (t == 0, t == last, t == last)]
-        memory, _, ticks = agent.act(memory, np.zeros((1, 4), np.float32), np.float32([t > 0]), *flags)
+        observation, reward = np.zeros((1, 4), np.float32), np.float32([t > 0])
+        memory, ticks = agent.act(memory, observation, reward, *flags, discretised)
         cells = []
-        for i, tick in enumerate(ticks):
-            step = agent.transition(i, tick)
+        for i, step in enumerate(agent.transitions(ticks)):
             seen = "".join(str(int(z.any())) for z in step["z"]) if i else "o_t"
-            cells.append("r=%d sees %s" % (step["reward"], seen))
-        held = [int(own["subgoal"][0, :8].argmax()) for own in memory["levels"][:2]]
+            cells.append(f"r={step['reward']:.0f} sees {seen}")
+        held = [int(level["subgoal"][0, :8].argmax()) for level in memory["levels"][:2]]
         cells += [""] * (3 - len(cells))
         print(f"{t:4d}   " + "".join(f"{cell:>18}" for cell in cells) + f"   {held}")

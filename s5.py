@@ -11,11 +11,10 @@ arXiv 2303.03982). Read this file first, then world_model.py.
 Symbols (the same in every file):
     B, T             batch of sequences, time steps in a sequence
     H, P             features of a layer, size of its state; P/2 complex numbers are stored, one a pair
-    u, x, y          (B,T,H) input, (B,T,P/2) complex state, (B,T,H) output
+    u, x, y          (B,T,H) input, (B,T,P/2) complex state, (B,T,H) output of a layer
     Lambda, Delta    (P/2,) complex eigenvalues of the continuous system, (P/2,) step size
     B_tilde, C_tilde (P/2,H), (H,P/2) complex input and output matrices;  D (H,) skip connection
     *_bar            the same after discretisation
-    a, b             (B,T,...) of a bare recurrence x_t = a_t x_{t-1} + b_t; in the other files a is an action
     m                (B,T,H) output of a stack of layers
 """
 
@@ -28,76 +27,65 @@ from torch import nn
 
 
 # ------------------------------------------------------------------------------------------------------------
-# The recurrence x_t = a_t x_{t-1} + b_t, twice: slowly (to read) and in parallel (to use)
+# The recurrence x_t = factor_t x_{t-1} + input_t, twice: slowly (to read) and in parallel (to use)
 # ------------------------------------------------------------------------------------------------------------
 
-def scan_sequential(a, b):
-    """What `scan` computes, step after step: x_t = a_t x_{t-1} + b_t from a state of zeros."""
-    x, states = torch.zeros_like(b[:, 0]), []
-    for t in range(b.shape[1]):
-        x = a[:, t] * x + b[:, t]
+def scan_sequential(factor, inputs):
+    """What `scan` computes, step after step: x_t = factor_t x_{t-1} + input_t from a state of zeros."""
+    x, states = torch.zeros_like(inputs[:, 0]), []
+    for t in range(inputs.shape[1]):
+        x = factor[:, t] * x + inputs[:, t]
         states.append(x)
     return torch.stack(states, 1)
 
 
-def stride_products(a):
-    """What carries the state over 1, 2, 4, ... < T steps, of the factors a (B,T,...): a list of (B,T-n,...),
-    one for each stride n, whose entry i is a_{i+1} ... a_{i+n}, the way from i to i + n."""
-    products, n = [a[:, 1:]], 1
-    while 2 * n < a.shape[1]:
-        products.append(products[-1][:, n:] * products[-1][:, :-n])  # two strides of n make one of 2n
-        n *= 2
-    return products
+def _prefix(factor, inputs):
+    """What `scan_sequential` computes, in ceil(log2(T)) rounds. Two neighbouring steps compose into one,
 
-
-def _prefix(products, x, reverse=False):
-    """What `scan_sequential` computes, in ceil(log2(T)) rounds and in place: x (B,T,...) holds the inputs b_t
-    and becomes the states. Two neighbouring steps compose into one,
-
-        (a_2, b_2) o (a_1, b_1) = (a_2 a_1,  a_2 b_1 + b_2)        (S5, Section 2.2)
+        (a_2, b_2) o (a_1, b_1) = (a_2 a_1,  a_2 b_1 + b_2)        (S5, Section 2.2; a: factor, b: input)
 
     so after the round of stride n, entry t holds the composition of the 2n steps that end at t. Any T works:
-    an entry with fewer than 2n steps before it is already complete and is left alone. products: what
-    `stride_products` returned. With reverse, time runs backwards: x_t = a_{t+1} x_{t+1} + b_t.
+    an entry with fewer than 2n steps before it is already complete and is left alone.
     """
-    for a in products:
-        n = x.shape[1] - a.shape[1]
-        earlier, later = (x[:, n:], x[:, :-n]) if reverse else (x[:, :-n], x[:, n:])
-        later.add_(a * earlier)  # the product is complete before anything is overwritten
+    x, stride = inputs.clone(), 1
+    factor = factor[:, 1:]  # entry t: what carries the state from step t to step t + stride
+    while stride < x.shape[1]:
+        x[:, stride:].add_(factor * x[:, :-stride])  # the product is whole before anything is overwritten
+        factor = factor[:, stride:] * factor[:, :-stride]
+        stride *= 2
     return x
 
 
 class _Scan(torch.autograd.Function):
-    """The parallel scan with its own backward: autograd would store the intermediates of every round.
-
-    The adjoint of a linear recurrence is the same recurrence run backwards in time,
-        dx_t = g_t + conj(a_{t+1}) dx_{t+1}        da_t = dx_t conj(x_{t-1})        db_t = dx_t
-    and its conjugate has the a_t themselves as factors, whose products are at hand.
-    """
+    """The parallel scan with its own backward: autograd would store the intermediates of every round."""
 
     @staticmethod
-    def forward(ctx, a, b, *products):
-        x = _prefix(products, b.clone())
-        ctx.save_for_backward(x, *products)
+    def forward(ctx, factor, inputs):
+        x = _prefix(factor, inputs)
+        ctx.save_for_backward(factor, x)
         return x
 
     @staticmethod
     def backward(ctx, grad):
-        x, *products = ctx.saved_tensors
-        conj_dx = _prefix(products, torch.conj_physical(grad), reverse=True)
-        previous = F.pad(x[:, :-1], (0, 0) * (x.ndim - 2) + (1, 0))  # x_{t-1}
-        return torch.conj_physical(conj_dx * previous), torch.conj_physical(conj_dx), *[None] * len(products)
+        # The adjoint of a linear recurrence is the same recurrence, run backwards in time:
+        #     dx_t = grad_t + conj(factor_{t+1}) dx_{t+1}    dfactor_t = dx_t conj(x_{t-1})    dinput_t = dx_t
+        factor, x = ctx.saved_tensors
+        factor_next, x_previous = torch.zeros_like(factor), torch.zeros_like(x)
+        factor_next[:, :-1], x_previous[:, 1:] = factor[:, 1:], x[:, :-1]
+        dx = _prefix(factor_next.conj().flip(1), grad.flip(1)).flip(1)
+        return dx * x_previous.conj(), dx
 
 
-def scan(a, b, products=None):
-    """All states of x_t = a_t x_{t-1} + b_t from a state of zeros, in parallel over time.
+def scan(factor, inputs):
+    """All states of x_t = factor_t x_{t-1} + input_t from a state of zeros, in parallel over time.
 
-    a, b: (B,T,...) of one shape and dtype, real or complex, else ValueError. products: what
-    `stride_products(a)` returned, if at hand. Returns x of the shape of b.
+    factor, inputs: (B,T,...) of one shape and dtype, real or complex, else ValueError. Returns x of that
+    shape. Where factor_t is zero the state forgets: nothing before t reaches t, in values or in gradients.
     """
-    if a.shape != b.shape:
-        raise ValueError(f"scan needs a and b of one shape, got {tuple(a.shape)} and {tuple(b.shape)}")
-    return _Scan.apply(a, b, *(products or stride_products(a.detach())))
+    if factor.shape != inputs.shape:
+        raise ValueError("scan needs factor and inputs of one shape,"
+                         f" got {tuple(factor.shape)} and {tuple(inputs.shape)}")
+    return _Scan.apply(factor, inputs)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -120,12 +108,12 @@ def hippo_n(size):
 
 
 def real_view(x):
-    """(..., N) complex -> (..., 2N) real, [Re, Im] interleaved; no copy."""
+    """(..., n) complex -> (..., 2n) real, [Re, Im] interleaved; no copy."""
     return torch.view_as_real(x).flatten(-2)
 
 
 def complex_view(x):
-    """The inverse of real_view: (..., 2N) real -> (..., N) complex; no copy."""
+    """The inverse of real_view: (..., 2n) real -> (..., n) complex; no copy."""
     return torch.view_as_complex(x.unflatten(-1, (-1, 2)))
 
 
@@ -135,28 +123,14 @@ def full_precision(device):
     return torch.autocast(device, enabled=False) if known else contextlib.nullcontext()
 
 
-def zero_order_hold(log_decay, frequency, log_Delta, B):
-    """Discretise a layer: its input is held for Delta (S5, Section 2.1).
-
-        Lambda_bar = exp(Lambda Delta)        B_bar = Lambda^-1 (Lambda_bar - 1) B_tilde
-
-    The parameters of an S5Layer, or of several stacked in front -> Lambda_bar (...,P/2) complex and B_bar
-    (...,H,P) real, laid out as S5Layer.B.
-    """
-    Lambda = torch.complex(-torch.exp(log_decay), frequency)
-    Lambda_bar = torch.exp(Lambda * torch.exp(log_Delta))
-    scale = (Lambda_bar - 1) / Lambda
-    return Lambda_bar, real_view(scale[..., None, :] * complex_view(B))
-
-
 class S5Layer(nn.Module):
     """One linear state-space layer with H inputs and outputs and a diagonal state of P/2 complex numbers.
 
         x'(t) = Lambda x(t) + B_tilde u(t)        y(t) = 2 Re(C_tilde x(t)) + D u(t)        (S5, Section 3)
 
-    state_size P must be a multiple of 2 * blocks; the initial Lambda is `blocks` copies of a small HiPPO-N
-    matrix (J in S5, Appendix B). With decay 1/2 a state forgets over 2/Delta steps; step sizes start
-    log-uniform such that this is 2 to `memory` steps.
+    state_size P must be a multiple of 2 * blocks, else ValueError; the initial Lambda is `blocks` copies of a
+    small HiPPO-N matrix (J in S5, Appendix B). With decay 1/2 a state forgets over 2/Delta steps; step sizes
+    start log-uniform such that this is 2 to `memory` steps.
 
     memory should be the length of the training sequences. Each of these begins with a state of zeros, so a
     slower state, like most of those of S5's own 20 to 2,000 steps, would be small in training and grow for as
@@ -175,32 +149,46 @@ class S5Layer(nn.Module):
         self.log_decay = nn.Parameter(torch.log(-Lambda.real).float())  # (P/2,)
         self.frequency = nn.Parameter(Lambda.imag.float())  # (P/2,)
         self.log_Delta = nn.Parameter(torch.empty(state_size // 2).uniform_(math.log(2 / memory), 0))
-        # u is real, so B_tilde u is one real matmul to interleaved [Re, Im]; and since
-        # Re(c x) = Re c Re x - Im c Im x, 2 Re(C_tilde x) is one real matmul back, its matrix interleaving
-        # [2 Re c, -2 Im c]. That is half the work of complex matmuls, u is never cast, and the parameters are
-        # real, as optimisers and file formats like them. V is unitary: V^-1 is its conjugate transpose.
-        B_tilde, C_tilde = V.mH @ B.to(V.dtype), C.to(V.dtype) @ V
+        B_tilde, C_tilde = V.mH @ B.to(V.dtype), C.to(V.dtype) @ V  # V is unitary: V^-1 = V.mH
         # With B_tilde as in S5, white input drives the state to a standard deviation of about sqrt(Delta):
         # whatever reads the state sees almost nothing at first. Divide it out: unit variance at any Delta.
         Lambda_bar = torch.exp(Lambda * torch.exp(self.log_Delta.detach()))
         variance = ((Lambda_bar - 1) / Lambda).abs().square() / (1 - Lambda_bar.abs().square())
         B_tilde = B_tilde / variance.sqrt()[:, None]
-        self.B = nn.Parameter(real_view(B_tilde.T.contiguous()).float())  # (H, P): u @ B is B_tilde u
-        self.C = nn.Parameter(real_view(2 * C_tilde.conj_physical()).T.contiguous().float())  # (P, H)
+        # u is real, so B_tilde u is one real matmul to interleaved [Re, Im]; and since
+        # Re(c x) = Re c Re x - Im c Im x, 2 Re(C_tilde x) is one real matmul back, its matrix interleaving
+        # [2 Re c, -2 Im c]. That is half the work of complex matmuls, and the parameters are real.
+        self.B_tilde = nn.Parameter(real_view(B_tilde.T.contiguous()).float())  # (H, P)
+        self.C_tilde = nn.Parameter(real_view(2 * C_tilde.conj_physical()).T.contiguous().float())  # (P, H)
         self.D = nn.Parameter(torch.randn(features))
 
-    # Both modes get what does not depend on the input from S5Stack, which computes it for all layers at once.
+    def discretise(self):
+        """Zero-order hold: the input is held for Delta (S5, Section 2.1).
 
-    def forward(self, u, a, B_bar, products):
-        """A whole sequence in parallel: u (B,T,H), the factors a (B,T,P/2), B_bar (H,P), stride_products(a).
-        Returns y (B,T,H) and *all* states (B,T,P/2)."""
-        x = scan(a, complex_view(u @ B_bar), products)
-        return real_view(x) @ self.C + self.D * u, x
+            Lambda_bar = exp(Lambda Delta)        B_bar = Lambda^-1 (Lambda_bar - 1) B_tilde
 
-    def step(self, u, kept, B_bar):
-        """One step: u (B,H), kept = Lambda_bar x_{t-1} (B,P) real, B_bar (H,P) -> y (B,H), x_t (B,P) real."""
-        x = torch.addmm(kept, u, B_bar)  # x_t = Lambda_bar x_{t-1} + B_bar u_t   (S5, Eq. 2)
-        return torch.addcmul(x @ self.C, self.D, u), x
+        Returns Lambda_bar (P/2,) complex and B_bar (H,P) real, laid out as B_tilde. It depends on the weights
+        alone: a rollout computes it once and hands it to every `step`.
+        """
+        Lambda = torch.complex(-torch.exp(self.log_decay), self.frequency)
+        Lambda_bar = torch.exp(Lambda * torch.exp(self.log_Delta))
+        return Lambda_bar, real_view((Lambda_bar - 1) / Lambda * complex_view(self.B_tilde))
+
+    def output(self, x, u):
+        """y_t = 2 Re(C_tilde x_t) + D u_t, for states (...,P/2) and inputs (...,H)."""
+        return real_view(x) @ self.C_tilde + self.D * u
+
+    def forward(self, u, reset):
+        """A whole sequence in parallel: u (B,T,H), reset (B,T) -> y (B,T,H) and all states x (B,T,P/2)."""
+        Lambda_bar, B_bar = self.discretise()
+        x = scan(Lambda_bar * ~reset[..., None], complex_view(u @ B_bar))
+        return self.output(x, u), x
+
+    def step(self, u, x, discretised):
+        """One step: u_t (B,H), x_{t-1} (B,P/2), what `discretise` returned -> y_t (B,H), x_t (B,P/2)."""
+        Lambda_bar, B_bar = discretised
+        x = Lambda_bar * x + complex_view(u @ B_bar)  # x_t = Lambda_bar x_{t-1} + B_bar u_t   (S5, Eq. 2)
+        return self.output(x, u), x
 
 
 class S5Block(nn.Module):
@@ -215,164 +203,78 @@ class S5Block(nn.Module):
         self.s5 = S5Layer(features, state_size, memory)
         self.gate = nn.Linear(features, features)
 
-    def _mix(self, u, y):
+    def _residual(self, u, y):
         y = F.gelu(y)
-        return torch.addcmul(u, y, torch.sigmoid(self.gate(y)))
+        return u + y * torch.sigmoid(self.gate(y))
 
-    def forward(self, u, *others):
+    def forward(self, u, reset):
         """As S5Layer.forward."""
-        y, x = self.s5(self.norm(u), *others)
-        return self._mix(u, y), x
+        y, x = self.s5(self.norm(u), reset)
+        return self._residual(u, y), x
 
-    def step(self, u, *others):
+    def step(self, u, x, discretised):
         """As S5Layer.step."""
-        y, x = self.s5.step(self.norm(u), *others)
-        return self._mix(u, y), x
+        y, x = self.s5.step(self.norm(u), x, discretised)
+        return self._residual(u, y), x
 
 
 class S5Stack(nn.Module):
     """Several S5Blocks. Its state is (B, layers, P/2) complex: every layer's, from which h is read."""
 
-    def __init__(self, features, state_size, layers, memory=64):
+    def __init__(self, features, state_size, layers, memory):
         super().__init__()
         self.blocks = nn.ModuleList(S5Block(features, state_size, memory) for _ in range(layers))
         self.features, self.state_shape = features, (layers, state_size // 2)
 
     def discretise(self):
-        """Lambda_bar (layers,P/2) and B_bar (layers,H,P), which a rollout computes once and hands to every
-        `step`. All layers in one go: such small tensors cost what it costs to start an operation."""
-        layers = [(s5.log_decay, s5.frequency, s5.log_Delta, s5.B) for s5 in (b.s5 for b in self.blocks)]
-        return zero_order_hold(*map(torch.stack, zip(*layers)))
+        """[(Lambda_bar, B_bar) of each layer], which every `step` takes, valid until the weights change."""
+        return [block.s5.discretise() for block in self.blocks]
 
-    @torch.compiler.disable  # torch.compile knows no gradients of complex numbers
     def forward(self, u, reset):
         """A whole sequence in parallel, from a state of zeros. u: (B,T,H); reset: (B,T) bool.
 
         Where reset is true the state forgets everything before that step. That needs no third element in the
-        scan's operator (as in Lu et al. 2023): with a_t = 0 nothing earlier reaches x_t, in values or in
-        gradients. Returns m (B,T,H) and all states x (B,T,layers,P/2). Raises ValueError when the shapes do
-        not fit.
+        scan's operator (as in Lu et al. 2023): the factor of that step is zero. Returns m (B,T,H) and all
+        states x (B,T,layers,P/2). Raises ValueError when the shapes do not fit.
         """
-        B, T, H = u.shape
-        if H != self.features or reset.shape != (B, T):
+        if u.shape[2:] != (self.features,) or reset.shape != u.shape[:2]:
             raise ValueError(f"S5Stack of H={self.features} got u {tuple(u.shape)}, reset"
                              f" {tuple(reset.shape)}; expected (B,T,H), (B,T)")
         with full_precision(u.device.type):
-            Lambda_bar, B_bar = self.discretise()
-            a = Lambda_bar * (~reset)[..., None, None]  # (B, T, layers, P/2)
-            products, u, states = stride_products(a.detach()), u.float(), []
-            for i, (block, *own) in enumerate(zip(self.blocks, a.unbind(2), B_bar)):
-                u, x = block(u, *own, [each[:, :, i] for each in products])
+            u, states = u.float(), []
+            for block in self.blocks:
+                u, x = block(u, reset)
                 states.append(x)
             return u, torch.stack(states, 2)
 
-    def step(self, u, state, discretised=None):
-        """One step: u (B,H), state (B,layers,P/2) -> m (B,H), x (B,layers,P/2). To forget, pass a state of
-        zeros. discretised: what `discretise` returned, if at hand."""
-        with full_precision(u.device.type):
-            Lambda_bar, B_bar = discretised or self.discretise()
-            kept, u, states = real_view(Lambda_bar * state), u.float(), []  # (B, layers, P)
-            for block, *own in zip(self.blocks, kept.unbind(1), B_bar):
-                u, x = block.step(u, *own)
-                states.append(x)
-            return u, complex_view(torch.stack(states, 1))
-
-
-class GRUStack(nn.Module):
-    """What S5Stack replaces, with the same interface, to compare (`--sequence gru`): layers of GRU cells.
-
-    Each step needs the last one's result, so training walks through time. The state is as large as the
-    features; it is real, and kept in complex numbers only because an S5 state is.
-    """
-
-    def __init__(self, features, _, layers, memory=None):
-        super().__init__()
-        self.cells = nn.ModuleList(nn.GRUCell(features, features) for _ in range(layers))
-        self.state_shape = layers, features // 2
-
-    def discretise(self):
-        """Nothing to prepare: a GRU is discrete."""
-
-    def forward(self, u, reset):
-        """As S5Stack.forward."""
-        state = torch.zeros(len(u), *self.state_shape, dtype=torch.cfloat, device=u.device)
-        steps = []
-        for u_t, forget in zip(u.unbind(1), reset.unbind(1)):
-            m, state = self.step(u_t, state * ~forget[:, None, None])
-            steps.append((m, state))
-        return tuple(torch.stack(field, 1) for field in zip(*steps))
-
-    def step(self, u, state, _=None):
-        """As S5Stack.step."""
+    def step(self, u, state, discretised):
+        """One step: u (B,H), state (B,layers,P/2), what `discretise` returned -> m (B,H) and the next state.
+        To forget, pass a state of zeros."""
         with full_precision(u.device.type):
             u, states = u.float(), []
-            for cell, x in zip(self.cells, real_view(state).unbind(1)):
-                u = cell(u, x)
-                states.append(u)
-            return u, complex_view(torch.stack(states, 1))
+            for block, x, each in zip(self.blocks, state.unbind(1), discretised):
+                u, x = block.step(u, x, each)
+                states.append(x)
+            return u, torch.stack(states, 1)
 
 
 if __name__ == "__main__":  # a demonstration: parallel = recurrent, and what length costs
-    import sys
-    import time
-
-    picture = sys.argv[1] if len(sys.argv) > 1 else None  # python s5.py PICTURE.png
-    if picture:
-        try:
-            from matplotlib.figure import Figure
-        except ImportError:
-            sys.exit("s5.py: pictures need matplotlib: pip install matplotlib")
-
-    def milliseconds(work, repeats=3):
-        """The median time of work(), after a first call that does not count."""
-        times = []
-        for _ in range(1 + repeats):
-            start = time.perf_counter()
-            work()
-            times.append(1e3 * (time.perf_counter() - start))
-        return sorted(times[1:])[repeats // 2]
+    from time import perf_counter
 
     torch.manual_seed(0)
-    H, stack, gru = 128, S5Stack(128, 64, 2), nn.GRU(128, 128, 2, batch_first=True)
-    attention = nn.ModuleList(nn.ModuleList([nn.Linear(H, 3 * H), nn.Linear(H, H)]) for _ in range(2))
-    u, state = torch.randn(4, 64, H), torch.zeros(4, *stack.state_shape, dtype=torch.cfloat)
-    reset = torch.rand(4, 64) < 0.05
-    y, _ = stack(u, reset)
+    H, stack, gru = 128, S5Stack(128, 64, 2, memory=64), nn.GRU(128, 128, 2, batch_first=True)
+    attention = nn.TransformerEncoderLayer(128, 4, 128, dropout=0.0, batch_first=True)
+    u, reset = torch.randn(4, 64, H), torch.rand(4, 64) < 0.05
+    m, x = stack(u, reset)[0], torch.zeros(4, *stack.state_shape, dtype=torch.cfloat)
     for t in range(64):
-        y_t, state = stack.step(u[:, t], state * ~reset[:, t, None, None])
-        assert torch.allclose(y_t, y[:, t], atol=1e-4)
-    print(f"parallel = recurrent over 64 steps with {int(reset.sum())} resets (last difference "
-          f"{(y_t - y[:, -1]).abs().max():.1e})\n")
-
-    def attend(u, cache=None):  # causal; with a cache of keys and values, u is one new step
-        for project, out in attention:
-            q, k, v = project(u).unflatten(-1, (3, 4, -1)).permute(2, 0, 3, 1, 4)  # (B, heads, T, H/4) each
-            y = F.scaled_dot_product_attention(q, *(cache or (k, v)), is_causal=cache is None)
-            u = u + out(y.transpose(1, 2).flatten(2))
-        return u
-
-    names = ["S5", "GRU", "attention"]
-    print("two layers of 128 features, milliseconds: train on one sequence of T steps; one step after T\n"
-          f"{'T':>7}" + "".join(f"{name + ' train':>16}" for name in names)
-          + "".join(f"{name + ' step':>16}" for name in names))
-    rows, discretised = [], stack.discretise()
-    for T in [16 * 4 ** i for i in range(6 if picture else 4)]:  # the last two take minutes
-        u, one, x = torch.randn(1, T, H), torch.randn(1, 1, H), 0 * state[:1].detach()
-        no_reset = torch.zeros(1, T, dtype=torch.bool)
-        train = [lambda: stack(u, no_reset)[0], lambda: gru(u)[0], lambda: attend(u)]
-        cache = torch.randn(2, 1, 4, T, H // 4).unbind()
-        step = [lambda: stack.step(one[:, 0], x, discretised), lambda: gru(one), lambda: attend(one, cache)]
-        row = [milliseconds(lambda: f().sum().backward()) for f in train]
-        with torch.no_grad():
-            row += [milliseconds(f, 21) for f in step]
-        rows.append([T, *row])
-        print(f"{T:>7}" + "".join(f"{number:>16.2f}" for number in row))
-    if picture:
-        figure = Figure((9, 3.5), layout="constrained")
-        titles = "training on T steps", "one step after T"
-        for axis, title, first in zip(figure.subplots(1, 2), titles, (1, 4)):
-            for j, name in enumerate(names):
-                axis.loglog([row[0] for row in rows], [row[first + j] for row in rows], "o-", label=name)
-            axis.set(title=title, xlabel="T", ylabel="milliseconds")
-            axis.legend()
-        figure.savefig(picture, dpi=120)
+        m_t, x = stack.step(u[:, t], x * ~reset[:, t, None, None], stack.discretise())
+        assert torch.allclose(m_t, m[:, t], atol=1e-4)
+    print(f"parallel = recurrent over 64 steps with {int(reset.sum())} resets\n\n"
+          "milliseconds to train on one sequence of T steps: two S5 layers, two of GRU, one of attention")
+    for T in (16, 64, 256, 1024):
+        u, no_reset = torch.randn(1, T, H), torch.zeros(1, T, dtype=torch.bool)
+        for name, model in (("S5", lambda: stack(u, no_reset)[0]), ("GRU", lambda: gru(u)[0]),
+                            ("attention", lambda: attention(u))):
+            start = model().sum().backward() or perf_counter()  # the first call warms up
+            model().sum().backward()
+            print(f"T {T:5d}  {name:9}  {1e3 * (perf_counter() - start):8.1f}")

@@ -1,4 +1,4 @@
-"""S5WM, the world model of one level: what it sees, what it expects to see next, and how it dreams.
+"""S5WM, the world model of one level: what it sees, what it expects to see next, and how it imagines.
 
     posterior    z_t ~ q(z_t | o_t)                      from the observation *alone*
     sequence     (m_t, x_t) = S5(x_{t-1}, [z_{t-1}, a_{t-1}])
@@ -8,20 +8,22 @@
 
 Why it is built so. In Dreamer's RSSM the posterior also sees h_t, so z_t cannot be known before h_t, and h_t
 not before z_{t-1}: training walks through time. Here all z_t come from the observations at once, the S5 stack
-turns them into all h_t at once, and training is parallel over time. When it dreams, z^_t of the prior takes
-the place of z_t.
+turns them into all h_t at once, and training is parallel over time.
 
-Paper: Hieros (Mattes et al. 2024, arXiv 2310.05167); DreamerV3 (Hafner et al. 2023,
-arXiv 2301.04104) for symlog, two-hot, unimix and the KL balance. Read s5.py before, hierarchy.py after.
+Two verbs, each for many steps at once and for one (`..._step`): to *observe* is to take z_t from the
+posterior, while training and acting; to *imagine* is to take z^_t from the prior, with nothing to see.
 
-Symbols (the same in every file):
-    B, T     batch of sequences, time steps
-    o        (B,T,3,64,64) image in [0, 1], or (B,T,D) vector; `seen` is the same normalised
+Paper: Hieros (Mattes et al. 2024, arXiv 2310.05167); DreamerV3 (Hafner et al. 2023, arXiv 2301.04104) for
+symlog, two-hot, unimix and the KL balance. Read s5.py before, hierarchy.py after.
+
+Symbols (the same in every file; those of s5.py beside these):
+    o        (B,T,3,64,64) image in [0, 1], or (B,T,D) vector
     z        (B,T,32,32) stochastic state: 32 categoricals of 32 classes, one-hot
     x, m     (B,T,layers,P/2) complex state and (B,T,H) output of the S5 stack
     h        (B,T,H) deterministic state, what the heads and the actor see
     a        (B,T,A) action, one-hot (several one-hots side by side at higher levels); a_{t-1} precedes o_t
     r, c     (B,T) reward that came with o_t, probability that the episode goes on after o_t
+    q, p     (B,T,32,32) probabilities of z: of the posterior, of the prior
 """
 
 import math
@@ -31,7 +33,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from s5 import GRUStack, S5Stack, full_precision, real_view
+from s5 import S5Stack, full_precision, real_view
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -71,27 +73,25 @@ class TwoHot(nn.Module):
         """(..., bins) -> (...): the expected number, as in DreamerV3's last version.
 
         Hieros takes symexp of the mean symlog instead. For a reward of 100 that comes in one case of ten,
-        this is not 10 but 0.6: what is large and unsure would hardly count in a dream.
+        this is not 10 but 0.6: what is large and unsure would hardly count in imagination.
         """
         with full_precision(logits.device.type):  # in bfloat16 it would be as coarse as the values are apart
             return torch.softmax(logits, -1) @ self.values
 
-    def loss(self, logits, *targets):
-        """Cross-entropies to the two-hot codes of the targets (...), summed over the targets: (...). The code
-        itself, 255 wide, is never built."""
-        targets = torch.stack(targets, -1)
-        # A target of NaN must stay a NaN, not become an index.
-        below = ((symlog(targets) - self.low) / self.width).long().clamp(0, len(self.values) - 2)
-        around = torch.cat([below, below + 1], -1)
-        low, high = self.values[around].chunk(2, -1)  # (..., targets)
-        near = torch.log_softmax(logits, -1).gather(-1, around)
-        return -torch.lerp(*near.chunk(2, -1), ((targets - low) / (high - low)).clamp(0, 1)).sum(-1)
+    def loss(self, logits, target):
+        """Cross-entropy (...) of logits (..., bins) to the two-hot code of the target (...)."""
+        # A target of NaN must stay a NaN in the loss, not become an index.
+        below = ((symlog(target) - self.low) / self.width).long().clamp(0, len(self.values) - 2)
+        low, high = self.values[below], self.values[below + 1]
+        weight = ((target - low) / (high - low)).clamp(0, 1)  # of `high`; its neighbour has the rest
+        log_p = torch.log_softmax(logits, -1)
+        log_low, log_high = (log_p.gather(-1, i[..., None]).squeeze(-1) for i in (below, below + 1))
+        return -((1 - weight) * log_low + weight * log_high)
 
 
 def unimix(logits, share=0.01):
     """Probabilities: `share` uniform, the rest softmax. No class is ever impossible, no KL infinite."""
-    # share/n + (1 - share) softmax as one operation: rsub(x, c, alpha) = c - alpha x.
-    return torch.rsub(torch.softmax(logits, -1), share / logits.shape[-1], alpha=share - 1)
+    return share / logits.shape[-1] + (1 - share) * torch.softmax(logits, -1)
 
 
 def sample_onehot(p):
@@ -113,7 +113,7 @@ def straight_through(p):
 
 def entropy(p):
     """Entropy in nats of categoricals (..., n, classes), none of p zero, summed over the n: (...)."""
-    return -torch.xlogy(p, p).sum((-2, -1))  # torch.special.entr takes twice as long
+    return -torch.xlogy(p, p).sum((-2, -1))
 
 
 def log_prob(p, sample):
@@ -121,16 +121,17 @@ def log_prob(p, sample):
     return (p.log() * sample).sum((-2, -1))
 
 
-def kl_balance(q, p, share=1.0):
+def kl_balance(q, p, share):
     """0.5 max(1, KL(sg q || p)) + share 0.1 max(1, KL(q || sg p)) and the KL itself, both (...) (DreamerV3).
 
     q, p: categoricals (..., n, classes), their KL in nats summed over the n. The first term teaches the prior
     to foresee, the second keeps z foreseeable; sg is a stop-gradient. Below one nat ("free bits") neither
     pulls.
     """
-    log_q, log_p = q.log(), p.log()
-    dynamics = (q.detach() * (log_q.detach() - log_p)).sum((-2, -1))
-    representation = (q * (log_q - log_p.detach())).sum((-2, -1))
+    def kl(q, p):
+        return (q * (q.log() - p.log())).sum((-2, -1))
+
+    dynamics, representation = kl(q.detach(), p), kl(q, p.detach())
     return 0.5 * dynamics.clamp(min=1) + share * 0.1 * representation.clamp(min=1), dynamics.detach()
 
 
@@ -144,7 +145,7 @@ class MLP(nn.Sequential):
     Heads that predict rewards and values start at zero, so that the untrained model promises nothing.
     """
 
-    def __init__(self, inputs, outputs, units, layers=2, zero_init=False):
+    def __init__(self, inputs, outputs, units, layers, zero_init=False):
         hidden = []
         for i in range(layers):
             hidden += [nn.Linear(units if i else inputs, units, bias=False), nn.LayerNorm(units), nn.SiLU()]
@@ -155,14 +156,14 @@ class MLP(nn.Sequential):
 
 
 class ChannelNorm(nn.LayerNorm):
-    """LayerNorm over the channels of (N,C,height,width): with channels-last memory no data moves."""
+    """LayerNorm over the channels of (n,C,height,width): with channels-last memory no data moves."""
 
     def forward(self, image):
         return super().forward(image.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
 
 
 class Patches(nn.Linear):
-    """(N,C,height,width) -> (N,3,s*height,s*width): every place paints its own s x s pixels.
+    """(n,C,height,width) -> (n,3,s*height,s*width): every place paints its own s x s pixels.
 
     nn.PixelShuffle after a 1x1 convolution does the same, but more slowly: with colours innermost, as in
     channels-last memory, whole runs of pixels are moved.
@@ -178,12 +179,12 @@ class Patches(nn.Linear):
 
 
 class ImageEncoder(nn.Sequential):
-    """(N,3,64,64) -> (N,features): convolutions, kernel 4, stride 2 down to 4x4; channels depth * 1, 2, 4, 8.
+    """(n,3,64,64) -> (n,features): convolutions of stride 2 to 4x4; channels depth * 1, 2, 4, 8.
 
     first_stride 4 drops the first, dearest layer: kernel 8 and stride 4 lead from 64 to 16 at once.
     """
 
-    def __init__(self, depth, first_stride=2):
+    def __init__(self, depth, first_stride):
         strides = [2] * 4 if first_stride == 2 else [4, 2, 2]
         channels, layers = [3] + [depth * 2 ** i for i in range(len(strides))], []
         for inputs, outputs, s in zip(channels, channels[1:], strides):
@@ -195,22 +196,23 @@ class ImageEncoder(nn.Sequential):
 
 
 class ImageDecoder(nn.Sequential):
-    """(N,inputs) -> (N,3,64,64), the encoder mirrored. With first_stride 4 each of 16x16 places paints its
-    own 4x4 patch, a matrix product: overlapping kernels of 8x8 would cost more than all other layers."""
+    """(n,3,64,64) -> (n,features): convolutions of stride 2 to 4x4, of depth times 1, 2, 4, 8 channels.
 
-    def __init__(self, inputs, depth, first_stride=2):
+    With first_stride 4 each of 16x16 places paints its own 4x4 patch, a matrix product: overlapping kernels
+    of 8x8 would cost more than all other layers.
+    """
+
+    def __init__(self, inputs, depth, first_stride):
         strides = [2] * 4 if first_stride == 2 else [2, 2, 4]
-        channels = [depth * 2 ** i for i in reversed(range(len(strides)))] + [3]
+        channels = [depth * 2 ** i for i in reversed(range(len(strides)))]
         layers = [nn.Linear(inputs, channels[0] * 16), nn.Unflatten(-1, (channels[0], 4, 4))]
-        for inputs, outputs, s in zip(channels, channels[1:], strides):
-            if s == 4:
-                layers += [Patches(inputs, s)]
-            else:
-                layers += [nn.ConvTranspose2d(inputs, outputs, 2 * s, s, s // 2, bias=outputs == 3)]
-            layers += [] if outputs == 3 else [ChannelNorm(outputs), nn.SiLU()]
-        super().__init__(*layers)
-        for parameter in next(layer for layer in reversed(layers) if list(layer.parameters())).parameters():
-            nn.init.zeros_(parameter)  # see WorldModel.adapt
+        for inputs, outputs in zip(channels, channels[1:]):
+            convolution = nn.ConvTranspose2d(inputs, outputs, 4, 2, 1, bias=False)
+            layers += [convolution, ChannelNorm(outputs), nn.SiLU()]
+        last = Patches(depth, 4) if first_stride == 4 else nn.ConvTranspose2d(depth, 3, 4, 2, 1)
+        super().__init__(*layers, last)
+        nn.init.zeros_(last.weight)
+        nn.init.zeros_(last.bias)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -240,139 +242,107 @@ class WorldModel(nn.Module):
     """S5WM for observations of `observation_shape`, (3,64,64) or (D,), one-hot actions (..., action_size).
 
     stoch, classes: number of categoricals in z and their classes. hidden: H, the size of h and the features
-    of the S5 layers. state_size, s5_layers: P and the number of S5 layers. units, mlp_layers: the MLPs.
-    depth, first_stride: the CNN, where the observation is an image. sharpness: of the initial posterior, a
-    factor of its logits. kl_warmup: updates without the KL of the representation. observation_variance: see
-    `adapt`. memory: of the S5 layers, the length of the training sequences. sequence: "s5", or "gru" to
-    compare.
+    of the S5 layers. state_size, s5_layers, memory: P, the number of S5 layers, the length of the training
+    sequences. units, mlp_layers: the MLPs. depth, first_stride: the CNN, where the observation is an image.
+    sharpness: of the initial posterior, a factor of its logits. kl_warmup: see `loss`. Raises ValueError for
+    another observation_shape.
     """
 
-    def __init__(self, observation_shape, action_size, stoch=32, classes=32, hidden=256, state_size=128,
-                 s5_layers=8, units=256, mlp_layers=2, depth=24, first_stride=2, sharpness=1.0,
-                 kl_warmup=0, observation_variance=0.0, memory=64, sequence="s5"):
+    def __init__(self, observation_shape, action_size, *, stoch, classes, hidden, state_size, s5_layers,
+                 memory, units, mlp_layers, depth, first_stride, sharpness, kl_warmup):
         super().__init__()
         self.observation_shape, self.action_size = tuple(observation_shape), action_size
-        self.z_shape, self.hidden = (stoch, classes), hidden
-        self.kl_warmup, self.observation_variance = kl_warmup, observation_variance
-        self.feature_size = stoch * classes + hidden + 3
-        inputs = stoch * classes + hidden  # of the heads
-        image = len(self.observation_shape) == 3
-        if image:
-            if self.observation_shape != (3, 64, 64):
-                raise ValueError(f"images are (3, 64, 64), got {self.observation_shape}")
+        self.z_shape, self.hidden, self.kl_warmup = (stoch, classes), hidden, kl_warmup
+        inputs = stoch * classes + hidden  # of the heads: (h, z)
+        self.feature_size = inputs + 3  # of State.feature, without a subgoal
+        if self.observation_shape == (3, 64, 64):
             cnn = ImageEncoder(depth, first_stride)
             self.encoder = nn.Sequential(cnn, nn.Linear(cnn.features, stoch * classes))
             self.decoder = ImageDecoder(inputs, depth, first_stride)
+        elif len(self.observation_shape) == 1:
+            self.encoder = MLP(*self.observation_shape, stoch * classes, units, mlp_layers)
+            self.decoder = MLP(inputs, *self.observation_shape, units, mlp_layers, zero_init=True)
         else:
-            size, = self.observation_shape
-            self.encoder = MLP(size, stoch * classes, units, mlp_layers)
-            self.decoder = MLP(inputs, size, units, mlp_layers, zero_init=True)
+            raise ValueError(f"observations are (3, 64, 64) or (D,), got {self.observation_shape}")
         # At its usual scale the first posterior is almost uniform: z is noise, and the decoder first learns
         # to ignore it. Sharper, z is a random hash of the observation that says something from the start.
-        hashing = [layer for layer in self.encoder.modules() if isinstance(layer, nn.Linear)][-1]
-        hashing.weight.data *= sharpness
-        mean = torch.zeros(64, 64, 3).movedim(-1, 0) if image else torch.zeros(self.observation_shape)
-        # Of all observations trained on, in memory as they are: the mean, the mean square, see `adapt`.
-        self.register_buffer("mean", mean)
-        self.register_buffer("square", mean.clone())
-        self.register_buffer("gain", torch.ones_like(mean))
-        self.register_buffer("batches", torch.zeros(()))
+        self.encoder[-1].weight.data *= sharpness
+        self.register_buffer("mean", torch.zeros(self.observation_shape))  # of the observations trained on
+        self.register_buffer("updates", torch.zeros(()))
         self.inputs = nn.Linear(stoch * classes + action_size, hidden)
-        self.sequence = {"s5": S5Stack, "gru": GRUStack}[sequence](hidden, state_size, s5_layers, memory)
+        self.sequence = S5Stack(hidden, state_size, s5_layers, memory)
         self.h_from_x = nn.Linear(2 * math.prod(self.sequence.state_shape), hidden)
         self.prior_head = MLP(hidden, stoch * classes, units, layers=1)
         # Reward and continue share a trunk: they look for the same events, and half the work is saved.
         self.twohot = TwoHot()
-        self.outcome = MLP(inputs, len(self.twohot.values) + 1, units, mlp_layers, zero_init=True)
+        self.outcome_head = MLP(inputs, len(self.twohot.values) + 1, units, mlp_layers, zero_init=True)
         # They begin with what is true of most steps: no reward, and the game goes on. Left to learn that from
         # zeros, their first gradients are the largest of all, point the same way in each step and push the
         # encoder to a constant z, from which it may not come back.
         with torch.no_grad():
-            self.outcome[-1].bias[:-1], self.outcome[-1].bias[-1] = self.twohot.first_logits(zero=8.0), 5.0
+            self.outcome_head[-1].bias[:-1] = self.twohot.first_logits(zero=8.0)
+            self.outcome_head[-1].bias[-1] = 5.0
 
-    # ---- one state ----
+    # ---- parts ----
 
     def initial(self, batch, device):
         """The state before an episode, all zeros, for `batch` sequences: (x, z)."""
         return (torch.zeros(batch, *self.sequence.state_shape, dtype=torch.cfloat, device=device),
                 torch.zeros(batch, *self.z_shape, device=device))
 
-    def adapt(self, observation):
-        """Let what `normalise` knows of the observations follow a batch (B,T,...).
+    def update_mean(self, observation):
+        """Let the running mean of all observations follow a batch (B,T,...).
 
-        Encoder and decoder see only what differs from the running mean, and the decoder starts at zero.
-        Without this hundreds of updates go into the static background: the encoder's output hardly depends on
-        the frame, z says nothing, so the decoder ignores it, so nothing teaches the encoder.
-
-        A ball is lost even so: its four pixels are a twentieth of Breakout's error, and z is full of the rest
-        before it comes to them. Where `observation_variance` is not 0, each number counts in units of its own
-        deviation (at least 0.02, or the rarest flicker would count as much), and all of them together have
-        this variance, which weighs their error against reward and KL.
+        Encoder and decoder deal only with what differs from it, and the decoder starts at zero. Without this
+        hundreds of updates go into the static background: the encoder's output hardly depends on the frame, z
+        says nothing, so the decoder ignores it, so nothing teaches the encoder.
         """
-        self.batches += 1
-        share = self.batches.reciprocal().clamp(min=1e-3)
-        self.mean.lerp_(observation.mean(0).mean(0), share)  # over both at once takes three times as long
-        if self.observation_variance:
-            self.square.lerp_(observation.square().mean(0).mean(0), share)
-            variance = self.square - self.mean.square()
-            gain = variance.clamp(min=0.02 ** 2).rsqrt()
-            total = (variance * gain.square()).sum()  # of what moves, each number counts 1
-            self.gain = gain * (total.clamp(min=1) / self.observation_variance).rsqrt()
+        self.updates += 1
+        # A plain mean at first, then exponential. Over both dimensions at once it takes three times as long.
+        self.mean.lerp_(observation.mean(0).mean(0), self.updates.reciprocal().clamp(min=1e-3))
 
-    def normalise(self, observation):
-        """(..., *observation_shape) as encoder and decoder know it."""
-        return (observation - self.mean) * self.gain
-
-    def posterior(self, seen):
-        """Probabilities q(z | o): (N, *observation_shape), normalised -> (N, 32, 32)."""
-        return unimix(self.encoder(seen).float().unflatten(-1, self.z_shape))
+    def posterior(self, observation):
+        """Probabilities q(z | o): (n, *observation_shape) -> (n, 32, 32)."""
+        return unimix(self.encoder(observation - self.mean).float().unflatten(-1, self.z_shape))
 
     def prior(self, m):
         """Probabilities p(z | m): (..., H) -> (..., 32, 32)."""
         return unimix(self.prior_head(m).float().unflatten(-1, self.z_shape))
 
-    def _h(self, x):
-        # h is read from the state, not from the output m: the state is what remembers (Hieros).
+    def deterministic(self, x):
+        """h = symlog(Linear(x)): (..., layers, P/2) -> (..., H). From the state, not from the output m of the
+        stack: the state is what remembers (Hieros)."""
         return symlog(self.h_from_x(real_view(x.flatten(-2))).float())
 
-    def _outcome(self, z, h):
-        """Reward logits (..., bins) and the continue logit (...)."""
-        output = self.outcome(torch.cat([z.flatten(-2), h], -1)).float()
-        reward_logits, cont_logit = output.split([len(self.twohot.values), 1], -1)
-        return reward_logits, cont_logit.squeeze(-1)
+    def decode(self, z, h):
+        """(...,32,32), (...,H) -> observations (..., *observation_shape)."""
+        inputs = torch.cat([z.flatten(-2), h], -1)
+        return self.decoder(inputs.flatten(0, -2)).float().unflatten(0, inputs.shape[:-1]) + self.mean
 
-    def _state(self, x, z, h, p):
-        reward_logits, cont_logit = self._outcome(z, h)
-        return State(x, z, h, entropy(p), self.twohot.mean(reward_logits), torch.sigmoid(cont_logit))
+    def outcome(self, z, h):
+        """(...,32,32), (...,H) -> two-hot logits of the reward (..., bins), logit of the continue (...)."""
+        output = self.outcome_head(torch.cat([z.flatten(-2), h], -1)).float()
+        return output[..., :-1], output[..., -1]
 
-    def advance(self, x, z, action, discretised=None):
-        """One tick of the recurrence, N states: (x_{t-1}, z_{t-1}, a_{t-1}) -> (m_t, x_t, h_t)."""
-        u = self.inputs(torch.cat([z.flatten(-2), action], -1))
-        m, x = self.sequence.step(u, x, discretised)
-        return m, x, self._h(x)
+    def _state(self, x, z, h, distribution):
+        reward_logits, cont_logit = self.outcome(z, h)
+        return State(x, z, h, entropy(distribution), self.twohot.mean(reward_logits),
+                     torch.sigmoid(cont_logit))
 
-    def step(self, x, z, action, observation, discretised=None):
-        """Acting: from (x_{t-1}, z_{t-1}, a_{t-1}) and o_t to the State at t. Zeros at an episode's start."""
-        _, x, h = self.advance(x, z, action, discretised)
-        q = self.posterior(self.normalise(observation))
-        return self._state(x, sample_onehot(q), h, q)
+    # ---- training: all steps at once ----
 
-    # ---- sequences ----
-
-    def observe(self, seen, action, is_first):
-        """All states of (B,T) normalised observations in parallel. Returns (z, h, x, q, p), each (B,T,...).
+    def observe(self, observation, action, is_first):
+        """All states of (B,T) observations in parallel. Returns (z, h, x, q, p), each (B,T,...).
 
         action[:, t] is the one chosen *after* observation t, as the replay stores it; it is shifted here,
         once, so that training sees the same a_{t-1} as acting and imagining do (the published code feeds a_t
         instead). At the first step of an episode, and of the sequence, both inputs and the state are zero.
         """
-        B, T = is_first.shape
-        q = self.posterior(seen.flatten(0, 1)).unflatten(0, (B, T))
+        q = self.posterior(observation.flatten(0, 1)).unflatten(0, is_first.shape)
         z = straight_through(q)
-        zza = torch.cat([z.flatten(-2), action], -1)  # [z_t, a_t]
-        previous = F.pad(zza[:, :-1], (0, 0, 1, 0)) * (~is_first)[..., None]  # [z_{t-1}, a_{t-1}]
-        m, x = self.sequence(self.inputs(previous), is_first)
-        return z, self._h(x), x, q, self.prior(m)
+        inputs = F.pad(torch.cat([z.flatten(-2), action], -1)[:, :-1], (0, 0, 1, 0))  # [z_{t-1}, a_{t-1}]
+        m, x = self.sequence(self.inputs(inputs * ~is_first[..., None]), is_first)
+        return z, self.deterministic(x), x, q, self.prior(m)
 
     def loss(self, observation, action, reward, is_first, is_terminal):
         """The loss of S5WM on a batch of sequences, and the posterior states from which to imagine.
@@ -382,48 +352,47 @@ class WorldModel(nn.Module):
         means over (B,T). Truncation is not an end: only is_terminal teaches the continue head 0.
         Returns (loss, states (B,T) without gradients, metrics).
         """
-        self.adapt(observation)
-        seen = self.normalise(observation)
-        z, h, x, q, p = self.observe(seen, action, is_first)
-        reward_logits, cont_logit = self._outcome(z, h)
-        # Colours last, as images lie in memory: else mse_loss lays out its gradient in another order.
-        painted, seen = self._paint(z, h).movedim(2, -1), seen.movedim(2, -1)
-        error = F.mse_loss(painted, seen, reduction="sum") / is_first.numel()
+        z, h, x, q, p = self.observe(observation, action, is_first)
+        reward_logits, cont_logit = self.outcome(z, h)
+        # At higher levels the observation holds *samples* of z, whose best forecast are their probabilities:
+        # most of this error is then noise that no decoder can reduce, and does not mean a bad model.
+        error = F.mse_loss(self.decode(z, h), observation, reduction="sum") / is_first.numel()
         losses = {"image" if observation.ndim == 5 else "vector": error,
                   "rew": self.twohot.loss(reward_logits, reward).mean(),
                   "con": F.binary_cross_entropy_with_logits(cont_logit, (~is_terminal).float())}
         # The KL asks z to be foreseeable, and nothing is more so than a constant z. Where updates are few it
         # has to wait: it is off for kl_warmup updates, then rises for as many, until the decoder reads z.
-        share = torch.clamp(self.batches / self.kl_warmup - 1, 0, 1) if self.kl_warmup else 1.0
-        kl_loss, divergence = kl_balance(q, p, share)
+        share = torch.clamp(self.updates / self.kl_warmup - 1, 0, 1) if self.kl_warmup else 1.0
+        kl_loss, kl = kl_balance(q, p, share)
         metrics = {f"loss/{name}": value.detach() for name, value in losses.items()}  # DreamerV3's names
         with torch.no_grad():
             states = State(x, z, h, entropy(q), self.twohot.mean(reward_logits), torch.sigmoid(cont_logit))
-            metrics |= {"loss/dyn": divergence.clamp(min=1).mean(),  # its loss/rep has the same value
-                        "kl": divergence.mean(), "rep_ent": states.entropy.mean(),
-                        "dyn_ent": entropy(p).mean()}
+            metrics |= {"loss/dyn": kl.clamp(min=1).mean(),  # its loss/rep has the same value
+                        "kl": kl.mean(), "rep_ent": states.entropy.mean(), "dyn_ent": entropy(p).mean()}
         return sum(losses.values()) + kl_loss.mean(), states.map(torch.Tensor.detach), metrics
 
-    def decode(self, z, h):
-        """(...,32,32), (...,H) -> observations (..., *observation_shape)."""
-        return self._paint(z, h) / self.gain + self.mean
+    # ---- acting and imagining: step by step. `discretised` is what S5Stack.discretise returned ----
 
-    def _paint(self, z, h):
-        """What the decoder says of the observation, normalised."""
-        inputs = torch.cat([z.flatten(-2), h], -1)
-        return self.decoder(inputs.flatten(0, -2)).float().unflatten(0, inputs.shape[:-1])
+    def sequence_step(self, x, z, action, discretised):
+        """(x_{t-1}, z_{t-1}, a_{t-1}) of N states -> (m_t, x_t, h_t)."""
+        m, x = self.sequence.step(self.inputs(torch.cat([z.flatten(-2), action], -1)), x, discretised)
+        return m, x, self.deterministic(x)
 
-    # ---- dreams ----
+    def observe_step(self, x, z, action, observation, discretised):
+        """Acting: from (x_{t-1}, z_{t-1}, a_{t-1}) and o_t to the State at t. Zeros at an episode's start."""
+        _, x, h = self.sequence_step(x, z, action, discretised)
+        q = self.posterior(observation)
+        return self._state(x, sample_onehot(q), h, q)
 
-    def dream(self, state, action, discretised):
-        """One step of it: State, action (N,A), what S5Stack.discretise returned -> the next State."""
-        m, x, h = self.advance(state.x, state.z, action, discretised)
+    def imagine_step(self, state, action, discretised):
+        """From a State and an action (N,A) to the next State, the prior in place of the eyes."""
+        m, x, h = self.sequence_step(state.x, state.z, action, discretised)
         p = self.prior(m)
         return self._state(x, sample_onehot(p), h, p)
 
     @torch.no_grad()
     def imagine(self, start, policy, horizon):
-        """Roll out `horizon` steps from N states, the prior in place of the eyes.
+        """Roll out `horizon` steps from N states.
 
         policy: State -> action (N,A). Returns the States s_0 ... s_horizon, (horizon+1, N, ...) with x left
         out, and the actions a_0 ... a_{horizon-1}, (horizon, N, A). No gradient: the actor learns by
@@ -431,55 +400,43 @@ class WorldModel(nn.Module):
         be pure waste.
         """
         discretised = self.sequence.discretise()  # once a rollout, not once a step
-        state, states, actions = start, [start], []
+        states, actions = [start], []
         for _ in range(horizon):
-            actions.append(policy(state))
-            state = self.dream(state, actions[-1], discretised)
-            states.append(state)
+            actions.append(policy(states[-1]))
+            states.append(self.imagine_step(states[-1], actions[-1], discretised))
         _, *fields = zip(*states)
         return State(None, *map(torch.stack, fields)), torch.stack(actions)
 
     @torch.no_grad()
-    def predict(self, observation, action, is_first, context=5):
-        """Open loop: see `context` observations, then foresee the rest from the actions alone.
-
-        observation (B,T,...), action (B,T,A), is_first (B,T) -> decoded observations (B,T,...):
-        reconstructions of the first `context`, then the dream of the T - context that follow.
-        """
-        seen = self.normalise(observation[:, :context])
-        z, h, x, _, _ = self.observe(seen, action[:, :context], is_first[:, :context])
-        frames = [self.decode(z, h)]
-        z, x, discretised = z[:, -1], x[:, -1], self.sequence.discretise()
-        for t in range(context, observation.shape[1]):
-            m, x, h = self.advance(x, z, action[:, t - 1], discretised)
-            z = sample_onehot(self.prior(m))
-            frames.append(self.decode(z, h)[:, None])
-        return torch.cat(frames, 1)
+    def open_loop(self, observation, action, is_first, context=5):
+        """See `context` observations, then imagine the rest, told the true actions: (B,T,...) each ->
+        decoded observations (B,T,...), of which the first `context` are reconstructions."""
+        z, h, x, _, _ = self.observe(observation[:, :context], action[:, :context], is_first[:, :context])
+        # What State has beside x, z and h is not needed here.
+        start = State(x[:, -1], z[:, -1], h[:, -1], *torch.zeros(3, len(z), device=z.device))
+        actions = iter(action[:, context - 1:].unbind(1))
+        imagined, _ = self.imagine(start, lambda state: next(actions), observation.shape[1] - context)
+        z, h = (torch.cat([seen, more[1:].transpose(0, 1)], 1)
+                for seen, more in ((z, imagined.z), (h, imagined.h)))
+        return self.decode(z, h)
 
 
 if __name__ == "__main__":  # a demonstration: a dot runs round a ring; which way, the action decides
     torch.manual_seed(0)
-    size, T = 8, 16
-    model = WorldModel((size,), 2, stoch=4, classes=8, hidden=64, state_size=32, s5_layers=2, units=64)
+    size, T, first = 8, 16, torch.arange(16).eq(0).expand(16, 16)
+    model = WorldModel((size,), 2, stoch=4, classes=8, hidden=64, state_size=32, s5_layers=2, memory=T,
+                       units=64, mlp_layers=2, depth=0, first_stride=2, sharpness=1.0, kl_warmup=0)
     optimiser = torch.optim.Adam(model.parameters(), 3e-3)
-
-    def batch(n):
-        action = torch.randint(2, (n, T))
-        moves = torch.cat([torch.randint(size, (n, 1)), 2 * action[:, :-1] - 1], 1)
-        position = moves.cumsum(1) % size
-        first = torch.zeros(n, T, dtype=torch.bool).index_fill(1, torch.tensor([0]), True)
-        return F.one_hot(position, size).float(), F.one_hot(action, 2).float(), first
-
     for i in range(301):
-        observation, action, first = batch(16)
-        loss, _, metrics = model.loss(observation, action, torch.zeros(16, T), first, torch.zeros_like(first))
+        action = torch.randint(2, (16, T))
+        position = torch.cat([torch.randint(size, (16, 1)), 2 * action[:, :-1] - 1], 1).cumsum(1) % size
+        batch = F.one_hot(position, size).float(), F.one_hot(action, 2).float()
+        loss, _, metrics = model.loss(*batch, torch.zeros(16, T), first, torch.zeros_like(first))
         optimiser.zero_grad()
         loss.backward()
         optimiser.step()
         if i % 100 == 0:
             print(f"update {i:3d}   reconstruction {metrics['loss/vector']:.3f}   KL {metrics['kl']:.2f}")
-    observation, action, first = batch(1)
-    dream = model.predict(observation, action, first)[0].argmax(-1)
-    print("\naction   ", " ".join("<>"[i] for i in action.argmax(-1)[0]))
-    print("truth    ", " ".join(str(i) for i in observation[0].argmax(-1).tolist()))
-    print("dreamed  ", " ".join(str(i) for i in dream.tolist()), "  (after 5 steps with open eyes)")
+    imagined = model.open_loop(*batch, first)[0].argmax(-1)
+    print("\naction   ", *("<>"[i] for i in action[0]), "\ntruth    ", *position[0].tolist(),
+          "\nimagined ", *imagined.tolist(), "  (after 5 steps with open eyes)")
