@@ -14,7 +14,7 @@ temperature tau that leads from uniform (0) to all of that (1):
 Here n is the number of start positions held *now*, and index 0 is the oldest of them. (The published code
 divides by the capacity instead of the fill, so it draws almost uniformly; by default its ETBS is off.)
 
-Symbols: T steps in a sequence, B sequences in a batch.
+Symbols: T steps in a sequence, B sequences in a batch. Read hierarchy.py before, train.py after.
 """
 
 import contextlib
@@ -45,9 +45,14 @@ class Replay:
     """A ring of `capacity` steps from which sequences of `length` consecutive steps are drawn.
 
     spec: {name: (shape, dtype)} of one step. Every name is one preallocated array, so memory is constant from
-    the first step to the last and no Python object is made a step. Sequences may run over the end of an
-    episode, the reset in the scan handles that; they never run over the write head, where the newest step
-    meets the oldest.
+    the first step to the last and no Python object is made a step. With a capacity of 8, after 11 steps:
+
+        slot   0   1   2 | 3   4   5   6   7
+        step   8   9  10 | 3   4   5   6   7        |  the write head: step 11 will take the place of step 3
+
+    Sequences of length 3 start at steps 3 ... 8, so there are 6 `starts`. They may run over the end of an
+    episode, the reset in the scan handles that, and from slot 7 to slot 0; but never over the write head,
+    where the newest step meets the oldest.
     """
 
     PIECE = 4096  # steps in a file, at most: neither saving nor loading copies more of the ring at once
@@ -85,10 +90,9 @@ class Replay:
         """A batch {name: array (B,T,...)} of sequences. Raises ValueError while not even one fits."""
         if not self.starts:
             raise ValueError(f"the replay holds {len(self)} steps, a sequence needs {self.length}")
-        oldest = self.total - len(self)
-        index = oldest + self.draw(batch_size)[:, None] + np.arange(self.length)  # counted from the first
-        index %= self.capacity
-        return {name: array.take(index, 0) for name, array in self.arrays.items()}
+        first = self.total - len(self) + self.draw(batch_size)  # (B,) numbers of steps, as in the picture
+        slot = (first[:, None] + np.arange(self.length)) % self.capacity  # (B,T)
+        return {name: array.take(slot, 0) for name, array in self.arrays.items()}
 
     # A checkpoint must not rewrite a gigabyte that has not changed: each `save` writes only the steps since
     # the last, in further files, and `load` puts the files back into the ring one by one.
@@ -120,9 +124,9 @@ class Replay:
             if start >= total:
                 path.unlink()
                 continue
-            if start > self.total or stop > total:
+            if start > self.total or stop > total:  # a gap, or a file that reaches beyond the checkpoint
                 break
-            if stop <= self.total:
+            if stop <= self.total:  # all of it has left the ring
                 continue
             try:
                 with np.load(path) as file:  # allow_pickle is off: nothing in it can be executed
@@ -152,7 +156,6 @@ if __name__ == "__main__":  # a demonstration: how often each tenth of all exper
         for t in range(steps):
             replay.add({"t": t})
             counts[replay.sample(1)["t"]] += 1
-        tenths = counts.reshape(10, -1).sum(1) / (steps / 10)
-        note = "" if tau else "   uniform"
-        print(f"tau {tau}:  " + "  ".join(f"{share:.2f}" for share in tenths) + note)
+        tenths = counts.reshape(10, -1).mean(1)
+        print(f"tau {tau}:  " + "  ".join(f"{share:.2f}" for share in tenths) + "   uniform" * (tau == 0))
     print(f"\nuniform, in theory, for the first tenth: 1 + ln 10 = {1 + math.log(10):.2f}")
