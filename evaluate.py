@@ -14,16 +14,18 @@ import dataclasses
 import json
 import math
 import sys
+import tempfile
 from collections import defaultdict
 from pathlib import Path
 
+import gymnasium
 import numpy as np
 import torch
 
 from hierarchy import onehot
 from train import (PRESETS, REFERENCE, RESUMABLE, Config, Parser, Stream, UsageError, autocast,
-                   check_writable, env_step, evaluation, history, keep_freed_memory, load_checkpoint,
-                   make_agent, make_config, make_env, report, trusting, write_json)
+                   env_step, evaluation, history, keep_freed_memory, load_checkpoint, make_agent,
+                   make_config, make_env, report, trusting, write_json)
 from world_model import symexp
 
 
@@ -128,15 +130,16 @@ def film_env(game):
     """The environment of a film: its observations are images, or it draws frames. Raises UsageError where
     nothing can be shown, now and not after a hundred episodes."""
     try:
-        import PIL  # noqa: F401
-    except ImportError:
-        raise UsageError("a film needs Pillow: pip install pillow")
-    env = make_env(game, render_mode="rgb_array")
-    if len(env.observation_space.shape) != 3:
+        import PIL  # noqa: F401  the film will need it
+        env = make_env(game, render_mode="rgb_array")
+        if len(env.observation_space.shape) == 3:
+            return env
         if env.render_mode != "rgb_array":
             raise UsageError(f"no film: {game} observes numbers, and has no render_mode rgb_array to show it")
         env.reset(seed=0)
-        env.render()  # raises UsageError where a library for drawing is missing
+        env.render()
+    except (ImportError, gymnasium.error.DependencyNotInstalled) as error:
+        raise UsageError(f"no film: {error}") from error
     return env
 
 
@@ -244,6 +247,9 @@ def group_title(run):
     usual = NEUTRAL | dataclasses.asdict(Config()) | PRESETS.get(run["preset"], {})
     if "config" in run:
         config = NEUTRAL | run["config"]
+        if config["device"] == "cpu":  # where tf32 is float32
+            usual, config = ({name: "float32" if value == "tf32" else value for name, value in each.items()}
+                             for each in (usual, config))
         named = (config.keys() | usual.keys()) - RESUMABLE - {"game", "seed", "preset", "levels"}
         settings = {name: config.get(name, "unknown") for name in sorted(named)
                     if config.get(name) != usual.get(name)}
@@ -391,8 +397,10 @@ def writable(suffix):
             return path
         if Path(path).suffix != suffix:  # above all, no typing error may overwrite a checkpoint
             raise UsageError(f"{path}: the name must end in {suffix}")
+        if Path(path).is_dir():
+            raise UsageError(f"{path} cannot be written: it is a directory")
         try:
-            check_writable(path)
+            tempfile.TemporaryFile(dir=Path(path).parent).close()
         except OSError as error:
             raise UsageError(f"{path} cannot be written: {error.strerror}") from error
         return path
