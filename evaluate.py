@@ -356,16 +356,18 @@ def print_table(summary):
                   cell(row["episodes_se"]), cell(row["human_normalised"], 3),
                   *(cell(*known.get(game, [None])) for known in others.values())]
                  for game, row in games.items()])
-    print("* published by others, not run here; "
-          + ("sources" if published else "those of other methods would stand") + " in results/published.csv.")
+    print("* published by others, not run here; " + (
+        "sources in results/published.csv." if published else
+        "of other methods nothing is known without results/published.csv."))
     for game in games.keys() - REFERENCE.keys():
         measured = games[game]["random_measured"]
         print(f"{game} is not of Atari 100k and in no aggregate"
               + (f"; random play, measured here: {measured['mean']:.1f}." if measured else "."))
     if summary["aggregates"]:
+        few = "" if summary["interval"] else "; intervals need several runs a game"
         print(f"Aggregates of human-normalised scores over {len(games.keys() & REFERENCE.keys())} of the"
-              f" {len(REFERENCE)} games{'' if summary['interval'] else '; intervals need several runs a game'}"
-              ".\nOf published methods only means are known: their IQM and gap are of games, not of runs.\n")
+              f" {len(REFERENCE)} games{few}.\nOf published methods only means are known: their IQM and gap are"
+              " of games, not of runs.\n")
         rows = [[name, *(cell(value, 3) for value in values.values())]
                 for name, values in summary["aggregates"].items()]
         if summary["interval"]:

@@ -1682,13 +1682,13 @@ def untrained_run(directory, game="breakout", levels=2, seed=0):
     return run
 
 
-def write_result(path, config={}, **changes):
-    """A result file as train.result makes it, with changes of its settings (`config`) or of its entries, of
-    which those that are None are left out."""
-    settings = dataclasses.asdict(train.Config()) | {"preset": "paper", "device": "cpu"} | config
-    entry = {name: settings[name] for name in ("game", "preset", "levels", "seed")} | {
+def write_result(path, given={}, **changes):
+    """A result file as train.result makes it, of a run with the `given` settings, its entries changed; those
+    that are None are left out."""
+    config = dataclasses.asdict(train.Config()) | {"preset": "paper", "device": "cpu"} | given
+    entry = {name: config[name] for name in ("game", "preset", "levels", "seed")} | {
         "agent_steps": 100_000, "returns": [1.0, 3.0], "curve": [[1000 * i, i - 21.0] for i in range(1, 30)],
-        "config": settings, "commit": "abc1234", "dirty": False, "trained_by": ["abc1234"]} | changes
+        "config": config, "commit": "abc1234", "dirty": False, "trained_by": ["abc1234"]} | changes
     path.write_text(json.dumps({name: value for name, value in entry.items() if value is not None}))
     return str(path)
 
@@ -1757,7 +1757,7 @@ def test_the_modules_work_without_results(tmp_path):
         shutil.copy(path, tmp_path)
     write_result(tmp_path / "a.json")
     command = [sys.executable, "evaluate.py"]
-    for flags, says in ((["--help"], "usage"), (["--table", "a.json"], "no results/published.csv")):
+    for flags, says in ((["--help"], "usage"), (["--table", "a.json"], "without results/published.csv")):
         done = subprocess.run(command + flags, cwd=tmp_path, capture_output=True, text=True)
         assert done.returncode == 0 and says in done.stdout and not done.stderr, done.stderr
 
@@ -1820,9 +1820,10 @@ def test_own_games_are_evaluated_and_filmed(own_games, tmp_path, monkeypatch, ca
     evaluate.main(["--table", str(tmp_path / "run" / "evaluation-step0-seed0-2.json")])
     assert "Echo-v0 is not of Atari 100k and in no aggregate; random play, measured here: 6.0" in (
         capsys.readouterr().out)
-    for game, says in (("Undrawn-v0", "no render_mode rgb_array"), ("Undrawable-v0", "pygame is not installed")):
+    monkeypatch.setattr(evaluate, "evaluation", lambda *args: pytest.fail("played before it was known"))
+    for game, says in (("Undrawn-v0", "no render_mode rgb_array"),
+                       ("Undrawable-v0", "pygame is not installed")):
         untrained_run(tmp_path / game, game)
-        monkeypatch.setattr(evaluate, "evaluation", lambda *args: pytest.fail("played before it was known"))
         with pytest.raises(train.UsageError, match=f"no film: .*{says}"):
             evaluate.main([str(tmp_path / game), "--video", str(tmp_path / "b.gif"), "--episodes", "2"])
 
@@ -1907,7 +1908,8 @@ def test_a_resumed_run_keeps_its_settings(saved_run, refused, tmp_path, flags):
 @pytest.mark.parametrize("command, says", [
     ("", "name one directory"), ("run run", "name one directory"), ("--episodes 3", "name one directory"),
     ("nowhere", "nowhere/checkpoint.pt does not exist"), ("a.json", "a.json/checkpoint.pt is damaged"),
-    ("empty", "empty/checkpoint.pt does not exist"), ("empty/checkpoint.pt", "empty/checkpoint.pt does not exist"),
+    ("empty", "empty/checkpoint.pt does not exist"),
+    ("empty/checkpoint.pt", "empty/checkpoint.pt does not exist"),
     ("run --vidoe film.gif", "did you mean --video"), ("run --video film.mp4", "must end in .gif"),
     ("run --json run/checkpoint.pt", "must end in .json"), ("run --json run.json", "it is a directory"),
     ("run --video nowhere/a.gif", "nowhere/a.gif cannot be written: No such file"),
@@ -1932,7 +1934,8 @@ def test_a_wrong_command_is_one_clear_line(saved_run, refused, tmp_path, command
 @pytest.mark.parametrize("content", [
     "", "[" * 100_000, "3", "[]", "NaN", "{}", b"\xff\xfe", {"returns": []}, {"returns": [1.0, float("nan")]},
     {"returns": ["high"]}, {"returns": 3}, {"returns": [[1.0]]}, {"returns": [10 ** 400]}, {"game": None},
-    {"seed": "0"}, {"curve": [[1, 2, 3]]}, {"curve": {}}, {"config": 3}, {"config": {}}, {"trained_by": 3}], ids=lambda content: str(content)[:20])
+    {"seed": "0"}, {"curve": [[1, 2, 3]]}, {"curve": {}}, {"config": 3}, {"config": {}}, {"trained_by": 3}],
+    ids=lambda content: str(content)[:20])
 def test_a_malformed_result_is_one_clear_line(refused, tmp_path, content):
     """A file that is no JSON, without finite returns or with missing or wrong entries is refused by name."""
     path = tmp_path / "a.json"
@@ -1957,7 +1960,7 @@ def test_help_names_every_flag_and_valid_examples(capsys):
             parse(flags)
         if program is train:
             assert all(f"--{field.name} " in text for field in dataclasses.fields(train.Config))
-            assert "(paper 16, cpu 8, debug 4)" in " ".join(text.split())
+            assert re.search(r"\(paper 16, cpu 8, .*debug 4\)", " ".join(text.split()))
 
 
 def test_matplotlib_and_pillow_are_optional(tmp_path, monkeypatch, capsys, saved_run):
@@ -2125,8 +2128,8 @@ def test_errors_of_episodes_and_spread_of_seeds_are_two_columns(tmp_path, capsys
     mean over runs, stand in columns of their own; neither is made up where one number is all there is."""
     def columns(*files):
         evaluate.main(["--table", *files])
-        head, _, row = [line.split("|")[1:-1] for line in capsys.readouterr().out.splitlines() if "|" in line][:3]
-        cells = dict(zip(map(str.strip, head), map(str.strip, row)))
+        lines = [line.split("|") for line in capsys.readouterr().out.splitlines() if "|" in line]
+        cells = dict(zip(map(str.strip, lines[0]), map(str.strip, lines[2])))
         return cells["runs"], cells["score"], cells["seeds' s.d."], cells["episodes' s.e."]
 
     returns = [[0.0, 8.0], [10.0, 20.0]]  # means 4 and 15; deviations 32 ** 0.5, 50 ** 0.5 of two episodes
@@ -2154,9 +2157,9 @@ def test_only_seeds_are_averaged(tmp_path):
     for changes in ({"dirty": True}, {"trained_by": ["abc1234", "def5678+"]}, {"agent_steps": 50_000},
                     {"change": "the goal is hidden"}):
         assert len(groups(first, write_result(second, {"seed": 1}, **changes))) == 2, changes
-    changed = [write_result(tmp_path / f"{i}.json", {"seed": i}, dirty=True, commit=f"{i}", trained_by=[f"{i}"])
-               for i in range(2)]
-    assert len(groups(*changed)) == 2  # by whom, nobody knows
+    changed = [write_result(tmp_path / f"{commit}.json", {"seed": i}, dirty=True, trained_by=[commit])
+               for i, commit in enumerate(("abc1234", "def5678"))]
+    assert len(groups(*changed)) == 2  # how, nobody knows
 
 
 def test_settings_that_a_file_lacks_keep_it_apart_unless_they_were_neutral(tmp_path):
@@ -2184,8 +2187,9 @@ def test_settings_that_a_file_lacks_keep_it_apart_unless_they_were_neutral(tmp_p
            for seed, name in enumerate(("tf32", "float32"))]
     assert len(groups(*gpu)) == 2
     # Files without a configuration, as of older forms, share a group only with those of their commit.
-    one, two, three = (write_result(tmp_path / f"{i}.json", {"seed": i}, config=None, trained_by=None, commit=c,
-                                    settings={"tau": 0.0}) for i, c in enumerate(("abc", "abc", "def")))
+    old = {"config": None, "trained_by": None, "settings": {"tau": 0.0}}
+    one, two, three = (write_result(tmp_path / f"{seed}.json", {"seed": seed}, commit=commit, **old)
+                       for seed, commit in enumerate(("abc", "abc", "def")))
     assert groups(one, two) == ["preset paper, levels 3, 100,000 agent steps, tau 0.0, else as in abc"]
     assert len(groups(one, two, three)) == 2 and len(groups(first, one)) == 2
 
@@ -2199,9 +2203,11 @@ def test_kept_results_have_certain_origins():
     assert len(files) >= 41 and not any("else as in" in group for group in found)
     group_of = {path.stem: group for group, games in found.items() for runs in games.values()
                 for path in (run["path"] for run in runs)}
-    boxing = {group_of[f"boxing-levels3-{name}"] for name in ("seed1", "deviation-febc4ec", "deviation-14b22b9")}
+    boxing = {group_of[f"boxing-levels3-{name}"]
+              for name in ("seed1", "deviation-febc4ec", "deviation-14b22b9")}
     assert len(boxing) == 3 and group_of["boxing-levels3-seed0"] == group_of["boxing-levels3-seed1"]
-    hidden = {group_of[f"kung_fu_master-levels3-{name}"] for name in ("nogoal-seed1", "hidden1", "seed1-25000")}
+    hidden = {group_of[f"kung_fu_master-levels3-{name}"]
+              for name in ("nogoal-seed1", "hidden1", "seed1-25000")}
     assert len(hidden) == 3 and group_of["krull-levels1-seed0"] != group_of["krull-levels1-gru"]
     assert group_of["crazy_climber-levels3-seed0"] != group_of["crazy_climber-levels3-seed0-93ce823"]
 
@@ -2217,8 +2223,8 @@ def test_the_same_run_twice_is_refused(tmp_path):
 # The scripts of results/, one cheap test each.
 
 def test_subgoals_are_judged_where_their_time_is_up(monkeypatch):
-    """results/subgoals.py: a goal counts from the tick that sets it until the next is set or the episode ends;
-    what a level does under another goal is compared in the same states."""
+    """results/subgoals.py: a goal counts from the tick that sets it until the next is set or the episode
+    ends; what a level does under another goal is compared in the same states."""
     torch.manual_seed(0)
     subgoals, agent, compared = script("subgoals"), small(levels=2), []
     level = agent.levels[0]
@@ -2255,8 +2261,8 @@ def test_open_loop_sequences_stay_inside_an_episode():
 
 
 def test_open_loop_error_against_its_baselines(tmp_path, capsys):
-    """results/open_loop.py: the error at horizon n is that of the n-th step after the context; a still game is
-    foreseen perfectly by its last frame, and the mean frame's error is the variance of the frames. Both
+    """results/open_loop.py: the error at horizon n is that of the n-th step after the context; a still game
+    is foreseen perfectly by its last frame, and the mean frame's error is the variance of the frames. Both
     pictures are written, and four errors printed."""
     torch.manual_seed(0)
     open_loop = script("open_loop")
@@ -2313,8 +2319,9 @@ def test_novelty_is_measured_on_states_of_each_level(tmp_path):
 
 
 def test_bars_stand_beside_published_ones(tmp_path):
-    """results/bars.py shows each game's human-normalised score of each of our groups, then those published for
-    the game; aggregates only over games that all groups have; a whisker only where a game has several runs."""
+    """results/bars.py shows each game's human-normalised score of each of our groups, then those published
+    for the game; aggregates only over games that all groups have; a whisker only where a game has several
+    runs."""
     pytest.importorskip("matplotlib")
     files = [write_result(tmp_path / "a.json"), write_result(tmp_path / "b.json", {"seed": 1}, returns=[8]),
              write_result(tmp_path / "c.json", {"game": "frostbite"}, returns=[2000]),
@@ -2338,11 +2345,12 @@ def test_bars_stand_beside_published_ones(tmp_path):
 
 
 def test_curves_show_mean_and_range(tmp_path):
-    """results/curves.py: a line a group with the mean over runs of the last ten episodes' mean, a band of their
-    range; a run that ended no episode is left out."""
+    """results/curves.py: a line a group with the mean over runs of the last ten episodes' mean, a band of
+    their range; a run that ended no episode is left out."""
     pytest.importorskip("matplotlib")
-    files = [write_result(tmp_path / f"{seed}.json", {"seed": seed}, curve=[[1000 * i, score] for i in range(1, 30)])
-             for seed, score in enumerate((-20.0, -10.0))] + [write_result(tmp_path / "2.json", {"seed": 2}, curve=[])]
+    curves = [[1000 * i, -20.0] for i in range(1, 30)], [[1000 * i, -10.0] for i in range(1, 30)], []
+    files = [write_result(tmp_path / f"{seed}.json", {"seed": seed}, curve=curve)
+             for seed, curve in enumerate(curves)]
     ramp = write_result(tmp_path / "3.json", {"levels": 1}, curve=[[i, float(i)] for i in range(1, 30)])
     axis, = script("curves").main(tmp_path / "curves.png", *files, ramp).axes
     lines = {line.get_label(): line.get_ydata() for line in axis.get_lines()}
@@ -2374,8 +2382,8 @@ def test_pictures_of_s5_and_of_sampling(tmp_path):
 
 
 def test_a_gru_in_parallel_is_the_gru_step_by_step(tmp_path, monkeypatch):
-    """results/gru.py: its stack has S5Stack's interface, forgets at resets, and trains in the place of S5; the
-    result says so."""
+    """results/gru.py: its stack has S5Stack's interface, forgets at resets, and trains in the place of S5;
+    the result says so."""
     gru, (B, T) = script("gru"), (3, 7)
     stack, u, reset = gru.GRUStack(12, 16, 2), torch.randn(B, T, 12), some_resets(B, T)
     m, states = stack(u, reset)
@@ -2389,7 +2397,8 @@ def test_a_gru_in_parallel_is_the_gru_step_by_step(tmp_path, monkeypatch):
     monkeypatch.setattr(gymnasium, "registry", gymnasium.envs.registration.registry)
     gymnasium.register("Echo-v0", Echo)
     assert gru.main(flags.split()) == 0
-    assert json.loads((tmp_path / "run" / "evaluation.json").read_text())["change"] == "GRU layers instead of S5's"
+    result = json.loads((tmp_path / "run" / "evaluation.json").read_text())
+    assert result["change"] == "GRU layers instead of S5's"
     with pytest.raises(train.UsageError, match="checkpoint.pt is damaged or not"):  # it has no S5 layers
         evaluate.load_run(tmp_path / "run", "cpu")
 
@@ -2405,9 +2414,8 @@ def test_s5_speed_is_measured_and_drawn(tmp_path, capsys):
     assert (tmp_path / "s5.png").stat().st_size > 5000
 
 
-def test_every_script_of_results_is_short_and_says_how_it_is_run():
-    """Under 80 lines, and its docstring has its command."""
+def test_every_script_of_results_says_how_it_is_run():
+    """Its docstring has its command."""
     for path in (HERE / "results").glob("*.py"):
         text = path.read_text()
         assert f"python results/{path.name}" in text.split('"""')[1], path.name
-        assert text.count("\n") < 80, path.name
