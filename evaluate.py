@@ -94,16 +94,17 @@ def image_bytes(observation):
 def draw_frame(title, panels, scale=3):
     """One frame of a film, a Pillow image: panels [(image (rows, columns, 3) bytes, (two, captions))] side by
     side, each 64 * scale high."""
-    from PIL import Image, ImageDraw, ImageFont
+    from PIL import Image, ImageDraw, ImageFont  # optional: only films need it
     height, gap, font = 64 * scale, 10, ImageFont.load_default(13)
     widths = [max(height, height * image.shape[1] // image.shape[0]) for image, _ in panels]
     frame = Image.new("RGB", (gap + sum(width + gap for width in widths), height + 72), "white")
     draw, left = ImageDraw.Draw(frame), gap
     draw.text((gap, 6), title, "black", font)
     for (image, captions), width in zip(panels, widths):
+        # Nearest neighbours: each pixel stays a square, as the agent sees it.
         frame.paste(Image.fromarray(image).resize((width, height), Image.Resampling.NEAREST), (left, 28))
-        for row, (text, colour) in enumerate(zip(captions, ("black", "dimgray"))):
-            draw.text((left, height + 31 + 17 * row), text, colour, font)
+        draw.text((left, height + 31), captions[0], "black", font)
+        draw.text((left, height + 48), captions[1], "dimgray", font)
         left += width + gap
     return frame
 
@@ -130,17 +131,18 @@ def film_env(game):
     """The environment of a film: its observations are images, or it draws frames. Raises UsageError where
     nothing can be shown, now and not after a hundred episodes."""
     try:
-        import PIL  # noqa: F401  the film will need it
+        import PIL  # noqa: F401
         env = make_env(game, render_mode="rgb_array")
-        if len(env.observation_space.shape) == 3:
-            return env
-        if env.render_mode != "rgb_array":
-            raise UsageError(f"no film: {game} observes numbers, and has no render_mode rgb_array to show it")
-        env.reset(seed=0)
-        env.render()
-    except (ImportError, gymnasium.error.DependencyNotInstalled) as error:
-        raise UsageError(f"no film: {error}") from error
-    return env
+        if len(env.observation_space.shape) == 1:
+            if env.render_mode != "rgb_array":
+                raise UsageError(f"no film: {game} observes numbers and has no render_mode rgb_array")
+            env.reset(seed=0)
+            env.render()
+        return env
+    except ImportError:
+        raise UsageError("a film needs Pillow: pip install pillow")
+    except gymnasium.error.DependencyNotInstalled as error:
+        raise UsageError(f"no film: {error}")
 
 
 def film(agent, env, game, seed, path, steps=300, restart=45):
@@ -152,11 +154,11 @@ def film(agent, env, game, seed, path, steps=300, restart=45):
     numbers, nothing but the environment's own frames can be shown.
     """
     world, frames, goals, score = agent.levels[0].world_model, [], {}, 0.0
-    discretised, images = world.sequence.discretise(), len(env.observation_space.shape) == 3
+    discretised = world.sequence.discretise()
     for t, (now, memory, ticks) in enumerate(rollout(agent, env, steps, seed)):
         score = float(now["reward"][0]) + (0.0 if now["is_first"][0] else score)
         title = f"{game}    step {t}    score {score:g}"
-        if not images:
+        if len(env.observation_space.shape) == 1:
             frames.append(draw_frame(title, [(env.render(), ("the game", "the agent sees numbers"))]))
             continue
         state = ticks[0]["state"]
@@ -186,7 +188,8 @@ def film(agent, env, game, seed, path, steps=300, restart=45):
 
 AGGREGATES = ("mean", "median", "IQM", "optimality gap")  # more is better; of the gap, less
 
-# Settings that came and went, so that some result files lack them: the value that is as if there were none.
+# Settings that came and went, so that files from before or after lack them, and the value at which each does
+# nothing: as if there were no such setting.
 NEUTRAL = {"observation_variance": 0, "sequence": "s5", "compile": False}
 
 
@@ -240,32 +243,24 @@ def group_title(run):
     """What may be averaged with a run, in words: only the seed differs, and what does not touch learning.
 
     Named is each setting that differs from the preset's, as it is now; "unknown" is one that came after the
-    run, so that its file lacks it. A file without its whole configuration, as older ones are, shares a group
-    only with those of its commit; and so does one whose code had been changed, since nobody knows how. Where
-    the file says how its code differs from the method ("change"), so does the title.
+    run, so that its file lacks it, and that is not the same as any value. Runs whose code had been changed
+    stand by their commit, since nobody knows how it was changed; and where a file says how its code differs
+    from what its settings name ("change"), so does the title.
     """
+    config = NEUTRAL | run["config"]
     usual = NEUTRAL | dataclasses.asdict(Config()) | PRESETS.get(run["preset"], {})
-    if "config" in run:
-        config = NEUTRAL | run["config"]
-        if config["device"] == "cpu":  # where tf32 is float32
-            usual, config = ({name: "float32" if value == "tf32" else value for name, value in each.items()}
-                             for each in (usual, config))
-        named = (config.keys() | usual.keys()) - RESUMABLE - {"game", "seed", "preset", "levels"}
-        settings = {name: config.get(name, "unknown") for name in sorted(named)
-                    if config.get(name) != usual.get(name)}
-    else:
-        settings = run["settings"] | {"else as in": ", ".join(commits(run))}
-    if run.get("dirty") or any("+" in commit for commit in commits(run)):
-        settings["code changed since"] = ", ".join(commits(run))
-    if "change" in run:
-        settings["change:"] = run["change"]
+    if config["device"] == "cpu":  # where tf32 is float32
+        config, usual = ({name: "float32" if value == "tf32" else value for name, value in settings.items()}
+                         for settings in (config, usual))
     words = [f"preset {run['preset']}", f"levels {run['levels']}", f"{run['agent_steps']:,} agent steps"]
-    return ", ".join(words + [f"{name} {value}" for name, value in settings.items()])
-
-
-def commits(run):
-    """The commits whose code has trained a run; of older files, that whose code has evaluated it."""
-    return run.get("trained_by") or [str(run.get("commit"))]
+    for name in sorted((config.keys() | usual.keys()) - RESUMABLE - {"game", "seed", "preset", "levels"}):
+        if config.get(name) != usual.get(name):
+            words.append(f"{name} {config.get(name, 'unknown')}")
+    if run.get("dirty") or any("+" in commit for commit in run["commits"]):
+        words.append(f"code changed since {', '.join(run['commits'])}")
+    if "change" in run:
+        words.append(f"change: {run['change']}")
+    return ", ".join(words)
 
 
 def load_results(paths):
@@ -273,17 +268,19 @@ def load_results(paths):
     averaged, named by `group_title`. Raises UsageError for a file that is not one of ours, or a run that is
     there twice."""
     kinds = {"game": str, "preset": str, "levels": int, "seed": int, "agent_steps": int, "returns": list,
-             "curve": list, "settings": dict}
+             "curve": list, "config": dict}
     runs, groups = {}, defaultdict(lambda: defaultdict(list))
     for path in paths:
         try:
-            run = {"settings": {}} | json.loads(Path(path).read_text())
+            run = json.loads(Path(path).read_text())
             for name, kind in kinds.items():
                 if not isinstance(run[name], kind):
                     raise ValueError(f"{name} is not {kind.__name__}")
             returns = np.array(run["returns"], float)
             if returns.ndim != 1 or not returns.size or not np.isfinite(returns).all():
                 raise ValueError("returns are not finite numbers")
+            # Of all code that has trained it; of older files, of the code that has evaluated it.
+            run["commits"] = list(run.get("trained_by", [str(run["commit"])]))
             n, group = len(returns), group_title(run)
             run["path"], run["mean"] = path, float(returns.mean())
             run["episodes_se"] = float(returns.std(ddof=1) / n ** 0.5) if n > 1 else None
@@ -326,7 +323,7 @@ def summarise(groups):
         ends = bootstrap(methods["here"]) if ours else np.array([np.nan])
         summaries.append({
             "group": group, "games": rows,
-            "commits": sorted({commit for runs in games.values() for run in runs for commit in commits(run)}),
+            "commits": sorted({name for runs in games.values() for run in runs for name in run["commits"]}),
             "aggregates": {name: dict(zip(AGGREGATES, aggregate(scores).tolist()))
                            for name, scores in methods.items()},
             "interval": None if np.isnan(ends).any() else dict(zip(AGGREGATES, ends.T.tolist()))})
@@ -366,8 +363,8 @@ def print_table(summary):
     if summary["aggregates"]:
         few = "" if summary["interval"] else "; intervals need several runs a game"
         print(f"Aggregates of human-normalised scores over {len(games.keys() & REFERENCE.keys())} of the"
-              f" {len(REFERENCE)} games{few}.\nOf published methods only means are known: their IQM and gap are"
-              " of games, not of runs.\n")
+              f" {len(REFERENCE)} games{few}."
+              "\nOf published methods only means are known: their IQM and gap are of games, not of runs.\n")
         rows = [[name, *(cell(value, 3) for value in values.values())]
                 for name, values in summary["aggregates"].items()]
         if summary["interval"]:
@@ -392,10 +389,10 @@ exit codes: 0 done; 2 the command or a file is wrong, one line on the standard e
 
 
 def writable(suffix):
-    """The type of an argument that names a file to write, "-" the standard output. Raises UsageError, before
-    any work is done, where it cannot be written."""
+    """The type of an argument that names a file to write, of JSON also "-", the standard output. Raises
+    UsageError, before any work is done, where it cannot be written."""
     def check(path):
-        if str(path) == "-":
+        if str(path) == "-" and suffix == ".json":
             return path
         if Path(path).suffix != suffix:  # above all, no typing error may overwrite a checkpoint
             raise UsageError(f"{path}: the name must end in {suffix}")
