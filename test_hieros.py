@@ -5,6 +5,7 @@
 
 import copy
 import dataclasses
+import importlib.util
 import itertools
 import json
 import os
@@ -2353,36 +2354,77 @@ def test_it_learns(levels, steps, seed, tmp_path):
 # evaluate.py
 # ------------------------------------------------------------------------------------------------------------
 
+def script(name):
+    """A script of results/ as a module."""
+    spec = importlib.util.spec_from_file_location(name, HERE / "results" / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
 def untrained_run(directory, game="breakout", levels=2, seed=0):
     """The directory of a run that was saved before its first step."""
     config = train.make_config({"preset": "debug", "game": game, "levels": levels, "seed": seed,
                                 "device": "cpu", "logdir": str(directory)})
-    run = train.Run(config, train.Atari(game))
+    run = train.Run(config, train.make_env(game))
     run.save()
     return run
 
 
-def write_result(path, **changes):
-    """A result file as train.result makes it, with changes."""
-    entry = {"game": "pong", "preset": "paper", "levels": 3, "seed": 0, "agent_steps": 100_000,
-             "returns": [1.0, 3.0], "curve": [[1000 * i, i - 21.0] for i in range(1, 30)]} | changes
+def write_result(path, given={}, **changes):
+    """A result file as train.result makes it, of a run with the `given` settings, its entries changed; those
+    that are None are left out."""
+    config = dataclasses.asdict(train.Config()) | {"preset": "paper", "device": "cpu"} | given
+    entry = {name: config[name] for name in ("game", "preset", "levels", "seed")} | {
+        "agent_steps": 100_000, "returns": [1.0, 3.0], "curve": [[1000 * i, i - 21.0] for i in range(1, 30)],
+        "config": config, "commit": "abc1234", "dirty": False, "trained_by": ["abc1234"]} | changes
     path.write_text(json.dumps({name: value for name, value in entry.items() if value is not None}))
     return str(path)
 
 
+def groups(*files):
+    """The titles of the groups that `--table` makes of result files."""
+    return list(evaluate.load_results(files))
+
+
 def test_evaluation_of_a_run(tmp_path, capsys):
-    """A saved run is loaded, plays as many episodes as asked, and its score stands in RUN/evaluation.json;
-    with --json - the standard output is that JSON and nothing else. The same seed gives the same score."""
+    """A saved run plays as many episodes as asked; its score goes to a file named after what was played, and
+    what training wrote stays as it is; with --json - the standard output is that JSON and nothing else. The
+    same seed gives the same score, another one another. The checkpoint itself may be named."""
     untrained_run(tmp_path)
+    (tmp_path / "evaluation.json").write_text("written by training")
     assert evaluate.main([str(tmp_path), "--episodes", "1", "--seed", "1"]) == 0
-    assert "breakout after 0 steps: score" in capsys.readouterr().out
-    summary = json.loads((tmp_path / "evaluation.json").read_text())
+    path, printed = tmp_path / "evaluation-step0-seed1-1.json", capsys.readouterr().out
+    assert "breakout after 0 steps: score" in printed and f"written to {path}" in printed
+    summary = json.loads(path.read_text())
     assert len(summary["returns"]) == 1 and summary["mean"] == np.mean(summary["returns"])
-    assert summary["levels"] == 2
-    (tmp_path / "evaluation.json").unlink()
-    evaluate.main([str(tmp_path), "--episodes", "1", "--seed", "1", "--json", "-"])
+    assert summary["config"]["levels"] == summary["levels"] == 2 and summary["evaluation_seed"] == 1
+    path.unlink()
+    evaluate.main([str(tmp_path / "checkpoint.pt"), "--episodes", "1", "--seed", "1", "--json", "-"])
     assert json.loads(capsys.readouterr().out)["returns"] == summary["returns"]
-    assert not (tmp_path / "evaluation.json").exists()
+    assert not path.exists() and (tmp_path / "evaluation.json").read_text() == "written by training"
+
+
+def test_a_score_is_written_before_it_is_printed_and_its_file_tried_before_it_is_played(
+        tmp_path, monkeypatch, capsys):
+    """A score survives a standard output that has gone away; a place where nothing can be written is named
+    before the first episode."""
+    untrained_run(tmp_path)
+    played = []
+    monkeypatch.setattr(evaluate, "evaluation", lambda config, agent, past, episodes, seed: (
+        played.append(episodes) or train.result(config, [1.0] * episodes, seed, **past)))
+    monkeypatch.setattr("builtins.print", lambda *args: (_ for _ in ()).throw(BrokenPipeError(32, "gone")))
+    with pytest.raises(train.UsageError, match="gone"):
+        evaluate.main([str(tmp_path), "--episodes", "3"])
+    assert json.loads((tmp_path / "evaluation-step0-seed0-3.json").read_text())["mean"] == 1.0
+    monkeypatch.undo()
+    monkeypatch.setattr(evaluate, "evaluation", lambda *args: pytest.fail("played for nothing"))
+    for place in ("/proc/a.json", str(tmp_path / "nowhere" / "a.json")):
+        with pytest.raises(train.UsageError, match="a.json cannot be written"):
+            evaluate.main([str(tmp_path), "--json", place])
+    (tmp_path / "evaluation-step0-seed0-100.json").mkdir()
+    with pytest.raises(train.UsageError, match="it is a directory"):
+        evaluate.main([str(tmp_path)])
 
 
 def test_evaluation_loads_the_trained_weights(tmp_path):
@@ -2395,6 +2437,84 @@ def test_evaluation_loads_the_trained_weights(tmp_path):
     _, agent, _ = evaluate.load_run(tmp_path, "cpu")
     for name, value in agent.state_dict().items():
         assert torch.equal(value, run.agent.state_dict()[name]), name
+
+
+def test_the_modules_work_without_results(tmp_path):
+    """The .py files alone are enough: evaluate.py is imported, gives help and a table, and says in the table
+    why no published methods stand there."""
+    for path in HERE.glob("*.py"):
+        shutil.copy(path, tmp_path)
+    write_result(tmp_path / "a.json")
+    command = [sys.executable, "evaluate.py"]
+    for flags, says in ((["--help"], "usage"), (["--table", "a.json"], "without results/published.csv")):
+        done = subprocess.run(command + flags, cwd=tmp_path, capture_output=True, text=True)
+        assert done.returncode == 0 and says in done.stdout and not done.stderr, done.stderr
+
+
+class Echo(gymnasium.Env):
+    """Shows [last action one-hot, step of the episode]; an episode has `length` steps. Drawn, it is of one
+    colour, which is its step."""
+    observation_space = gymnasium.spaces.Box(-1, 99, (4,), np.float32)
+    action_space = gymnasium.spaces.Discrete(3)
+    metadata = {"render_modes": ["rgb_array"]}
+
+    def __init__(self, length=6, render_mode=None):
+        self.length, self.render_mode = length, render_mode
+
+    def reset(self, seed=None, options=None):
+        super().reset(seed=seed)
+        self.t = 0
+        return np.zeros(4, np.float32), {}
+
+    def step(self, action):
+        self.t += 1
+        return np.append(np.eye(3)[action], self.t).astype(np.float32), 1.0, self.t == self.length, False, {}
+
+    def render(self):
+        return np.full((40, 80, 3), self.t, np.uint8)
+
+
+class Undrawn(Echo):
+    """Has nothing to show."""
+    metadata = {"render_modes": []}
+
+
+class Undrawable(Echo):
+    """Cannot be drawn since a library is missing."""
+
+    def render(self):
+        raise gymnasium.error.DependencyNotInstalled("pygame is not installed")
+
+
+@pytest.fixture
+def own_games(monkeypatch):
+    """Three environments that observe numbers, known to Gymnasium."""
+    monkeypatch.setattr(gymnasium.envs.registration, "registry", dict(gymnasium.registry))
+    monkeypatch.setattr(gymnasium, "registry", gymnasium.envs.registration.registry)
+    for kind in (Echo, Undrawn, Undrawable):
+        gymnasium.register(f"{kind.__name__}-v0", kind)
+
+
+def test_own_games_are_evaluated_and_filmed(own_games, tmp_path, monkeypatch, capsys):
+    """An environment that observes numbers gets a score beside that of random play, measured in the same
+    evaluation, also in the table; its film shows its own frames, and where it has none, one line says why."""
+    pytest.importorskip("PIL")
+    frames, drawn = [], evaluate.draw_frame
+    monkeypatch.setattr(evaluate, "draw_frame", lambda *args: frames.append(args[1]) or drawn(*args))
+    untrained_run(tmp_path / "run", "Echo-v0")
+    evaluate.main([str(tmp_path / "run"), "--video", str(tmp_path / "a.gif"), "--episodes", "2"])
+    assert "Echo-v0 after 0 steps: score 6.0" in capsys.readouterr().out
+    assert [panels[0][0].shape for panels in frames[:8]] == 8 * [(40, 80, 3)] and len(frames) == 300
+    assert [panels[0][0][0, 0, 0] for panels in frames[:9]] == [0, 1, 2, 3, 4, 5, 6, 0, 1]
+    evaluate.main(["--table", str(tmp_path / "run" / "evaluation-step0-seed0-2.json")])
+    assert "Echo-v0 is not of Atari 100k and in no aggregate; random play, measured here: 6.0" in (
+        capsys.readouterr().out)
+    monkeypatch.setattr(evaluate, "evaluation", lambda *args: pytest.fail("played before it was known"))
+    for game, says in (("Undrawn-v0", "no render_mode rgb_array"),
+                       ("Undrawable-v0", "pygame is not installed")):
+        untrained_run(tmp_path / game, game)
+        with pytest.raises(train.UsageError, match=f"no film: .*{says}"):
+            evaluate.main([str(tmp_path / game), "--video", str(tmp_path / "b.gif"), "--episodes", "2"])
 
 
 @pytest.fixture(scope="module")
@@ -2475,22 +2595,21 @@ def test_a_resumed_run_keeps_its_settings(saved_run, refused, tmp_path, flags):
 
 
 @pytest.mark.parametrize("command, says", [
-    ("", "name one directory"), ("run run", "name one directory"), ("--s5 a.png", "name one directory"),
+    ("", "name one directory"), ("run run", "name one directory"), ("--episodes 3", "name one directory"),
     ("nowhere", "nowhere/checkpoint.pt does not exist"), ("a.json", "a.json/checkpoint.pt is damaged"),
-    ("empty", "empty/checkpoint.pt does not exist"), ("empty --s5 a.png", "does not exist"),
+    ("empty", "empty/checkpoint.pt does not exist"),
+    ("empty/checkpoint.pt", "empty/checkpoint.pt does not exist"),
     ("run --vidoe film.gif", "did you mean --video"), ("run --video film.mp4", "must end in .gif"),
     ("run --json run/checkpoint.pt", "must end in .json"), ("run --json run.json", "it is a directory"),
-    ("run --strip nowhere/strip.png", "no directory nowhere"),
-    ("run --json nowhere/a.json", "no directory nowhere"),
+    ("run --video nowhere/a.gif", "nowhere/a.gif cannot be written: No such file"),
+    ("run --json nowhere/a.json", "nowhere/a.json cannot be written: No such file"),
     ("run --episodes 0", "at least 1"), ("run --episodes many", "invalid int"),
     ("run --seed -1", "--seed -1"), ("run --device cuda:99", "--device cuda:99"),
-    ("run --etbs a.png", "needs no run"), ("run --subgoals s.json --json -", "by another command"),
-    ("run --video a.gif --json -", "by another command"),
+    ("run --strip a.png", "unknown flag --strip"), ("run --video a.gif --json -", "by another command"),
     ("--table", "needs result files"), ("--table a.json --video film.gif", "use two commands"),
-    ("--curves a.png a.json --episodes 3", "use two commands"),
-    ("--bars a.png a.json --episodes 3", "use two commands"),
+    ("--table a.json --episodes 3", "use two commands"),
     ("--table a.json nowhere.json", "nowhere.json cannot be read"), ("--table run", "run cannot be read"),
-    ("--table a.json a.json", "are the same run"), ("--curves a.png run/checkpoint.pt", "is not a result"),
+    ("--table a.json a.json", "are the same run"), ("--table run/checkpoint.pt", "is not a result"),
 ])
 def test_a_wrong_command_is_one_clear_line(saved_run, refused, tmp_path, command, says):
     """A command that cannot succeed says why, before anything is played."""
@@ -2504,7 +2623,9 @@ def test_a_wrong_command_is_one_clear_line(saved_run, refused, tmp_path, command
 @pytest.mark.parametrize("content", [
     "", "[" * 100_000, "3", "[]", "NaN", "{}", b"\xff\xfe", {"returns": []}, {"returns": [1.0, float("nan")]},
     {"returns": ["high"]}, {"returns": 3}, {"returns": [[1.0]]}, {"returns": [10 ** 400]}, {"game": None},
-    {"seed": "0"}, {"curve": [[1, 2, 3]]}, {"curve": {}}], ids=lambda content: str(content)[:20])
+    {"seed": "0"}, {"curve": [[1, 2, 3]]}, {"curve": {}}, {"config": 3}, {"config": {}}, {"config": None},
+    {"trained_by": 3}],
+    ids=lambda content: str(content)[:20])
 def test_a_malformed_result_is_one_clear_line(refused, tmp_path, content):
     """A file that is no JSON, without finite returns or with missing or wrong entries is refused by name."""
     path = tmp_path / "a.json"
@@ -2512,13 +2633,11 @@ def test_a_malformed_result_is_one_clear_line(refused, tmp_path, content):
         write_result(path, **content)
     else:
         path.write_bytes(content if isinstance(content, bytes) else content.encode())
-    for output in (["--table"], ["--curves", "a.png"]):
-        assert "a.json is not a result" in refused("evaluate.py", *output, path)
+    assert "a.json is not a result" in refused("evaluate.py", "--table", path)
 
 
 def test_help_names_every_flag_and_valid_examples(capsys):
     """--help of both programs exits 0, knows every setting, and each example that it gives can be parsed."""
-    pytest.importorskip("matplotlib")
     for program, parse in ((train, train.parse_config), (evaluate, evaluate.parse)):
         with pytest.raises(SystemExit) as end:
             parse(["--help"])
@@ -2531,14 +2650,15 @@ def test_help_names_every_flag_and_valid_examples(capsys):
             parse(flags)
         if program is train:
             assert all(f"--{field.name} " in text for field in dataclasses.fields(train.Config))
-            assert "(paper 16, cpu 8, debug 4)" in " ".join(text.split())
+            assert re.search(r"\(paper 16, cpu 8, .*debug 4\)", " ".join(text.split()))
 
 
-def test_matplotlib_is_optional(tmp_path, monkeypatch, capsys):
-    """Without matplotlib scores and tables work as ever, and a picture says in one line what to install."""
-    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    with pytest.raises(train.UsageError, match="pip install matplotlib"):
-        evaluate.main(["--etbs", str(tmp_path / "a.png")])
+def test_matplotlib_and_pillow_are_optional(tmp_path, monkeypatch, capsys, saved_run):
+    """Without them scores and tables work as ever, and a film says in one line what is missing."""
+    for name in ("PIL", "matplotlib", "matplotlib.figure"):
+        monkeypatch.setitem(sys.modules, name, None)
+    with pytest.raises(train.UsageError, match="pip install pillow"):
+        evaluate.main([str(saved_run), "--video", str(tmp_path / "a.gif")])
     assert evaluate.main(["--table", write_result(tmp_path / "a.json")]) == 0
 
 
@@ -2562,7 +2682,7 @@ def test_subgoals_are_decoded_level_by_level():
         above.world_model.decode = lambda z, h, stacked=stacked: stacked
     expected = evaluate.image_bytes(agent.levels[0].world_model.decode(*states[0])[0])
     with torch.no_grad():
-        assert np.array_equal(evaluate.pixels(agent, 2, *states[2]), expected)
+        assert np.array_equal(evaluate.state_image(agent, 2, *states[2]), expected)
     assert expected.shape == (64, 64, 3) and expected.dtype == np.uint8
     every = torch.arange(256).expand(3, 64, 256).unfold(-1, 64, 64).movedim(2, 0)  # all bytes come back
     assert np.array_equal(evaluate.image_bytes(every / 255), every.movedim(1, -1))
@@ -2572,7 +2692,7 @@ def record_film(monkeypatch, agent, env, **arguments):
     """The panels' images of a film: [[image of each panel] of each step]."""
     frames = []
     monkeypatch.setattr(evaluate, "draw_frame",
-                        lambda title, panels, bars: frames.append([p for p, _ in panels]))
+                        lambda title, panels: frames.append([image for image, _ in panels]))
     monkeypatch.setattr(evaluate, "save_film", lambda path, frames: None)
     with torch.inference_mode():
         evaluate.film(agent, env, "pong", 0, "film.gif", **arguments)
@@ -2629,101 +2749,7 @@ def test_film_file(tmp_path, capsys):
     rng = np.random.default_rng(0)
     noise = [Image.fromarray(rng.integers(0, 256, (64, 64, 3), np.uint8)) for _ in range(30)]
     evaluate.save_film(path, noise, limit=60_000)
-    assert 10_000 < path.stat().st_size < 60_000 and "cut from 30" in capsys.readouterr().out
-
-
-def test_dream_film_runs_without_the_game(tmp_path, monkeypatch):
-    """In --dream the game is played for the context only, then all levels play on in the world model alone,
-    and the film ends where the model believes that the episode is over."""
-    pytest.importorskip("matplotlib")
-    steps, films = [], []
-
-    class Counted(train.Atari):
-        def step(self, action):
-            steps.append(action)
-            return super().step(action)
-
-    monkeypatch.setattr(evaluate, "save_film", lambda path, frames: films.append(frames))
-    torch.manual_seed(0)
-    agent, ticked = small(2, (64, 64, 3), 6), []
-    act = agent.act
-    agent.act = lambda *args, **now: (ticked.append(now), act(*args, **now))[1]
-    with torch.inference_mode():
-        evaluate.dream_film(agent, Counted("pong"), "pong", 0, tmp_path / "a.gif", context=8, steps=12)
-        assert len(steps) == 8 and len(films[0]) == len(ticked) == 8 + 11
-        agent.levels[0].world_model.outcome[-1].bias.data[-1] = -9.0  # the continue logit
-        evaluate.dream_film(agent, train.Atari("pong"), "pong", 0, tmp_path / "a.gif", context=8, steps=12)
-        assert len(films[1]) == 8 + 1
-
-
-class Echo(gymnasium.Env):
-    """Shows [last action one-hot, step of the episode]; an episode has `length` steps."""
-    observation_space = gymnasium.spaces.Box(-1, 99, (4,), np.float32)
-    action_space = gymnasium.spaces.Discrete(3)
-
-    def __init__(self, length):
-        self.length = length
-
-    def reset(self, seed=None, options=None):
-        self.t = 0
-        return np.zeros(4, np.float32), {}
-
-    def step(self, action):
-        self.t += 1
-        return np.append(np.eye(3)[action], self.t).astype(np.float32), 0.0, self.t == self.length, False, {}
-
-
-def test_subgoals_are_judged_where_their_time_is_up(monkeypatch):
-    """A goal counts from the tick that sets it until the next is set or the episode ends; what a level does
-    under another goal is compared in the same states."""
-    torch.manual_seed(0)
-    agent, compared = small(levels=2), []
-    level, step = agent.levels[0], agent.levels[0].world_model.step
-    level.world_model.step = lambda x, z, a, o: step(x, z, a, o)._replace(h=o[:, 3:].repeat(1, 64))  # h: time
-    level.autoencoder.encode = lambda h: F.one_hot(h[:, :8].long(), 8).float()
-    level.autoencoder.decode = lambda code: code
-    monkeypatch.setattr(evaluate, "cosine_max",
-                        lambda goal, h: compared.append((goal, h[:, 0].tolist())) or torch.ones(len(h)))
-    with torch.inference_mode():
-        study, = evaluate.subgoal_study(agent, Echo(6), 0, steps=5 * 7)  # an episode: ticks at 0, 4 and 6
-        assert study == {"level": 0, "goals": 10, "reached": 1, "before": 1, "shuffled": 1, "possible": 1,
-                         "obeyed": 0}
-        (goal, end), (same, start), (other, _), (best, last) = compared
-        assert end == last == 5 * [4, 6] and start == 5 * [0, 4]
-        assert best.unflatten(-1, (8, 8)).argmax(-1)[:, 0].tolist() == last
-        assert torch.equal(goal, same) and torch.equal(goal.roll(5, 0), other)
-        torch.nn.init.normal_(level.actor.net[-1].weight)  # from now on what it does depends on everything
-        assert evaluate.subgoal_study(agent, Echo(6), 0, steps=35)[0]["obeyed"] > 0.1
-
-
-def test_open_loop_sequences_stay_inside_an_episode():
-    """A sequence for the open-loop error is consecutive steps of one episode, each with the action chosen
-    after it; episodes that are too short are one clear line."""
-    torch.manual_seed(0)
-    agent = small(levels=2)
-    o, a, first = evaluate.fresh_sequences(agent, Echo(17), 0, count=6, length=8)
-    assert o.shape == (6, 8, 4) and a.shape == (6, 8, 3) and first.shape == (6, 8)
-    assert torch.equal(o[:, 1:, 3], o[:, :-1, 3] + 1) and not first[:, 1:].any() and first[:, 0].any()
-    assert torch.equal(o[:, 1:, :3], a[:, :-1])
-    with pytest.raises(train.UsageError, match="too short"):
-        evaluate.fresh_sequences(agent, Echo(6), 0, count=2, length=8)
-
-
-def test_open_loop_error_against_its_baselines():
-    """The error at horizon n is that of the n-th step after the context; a still game is foreseen perfectly
-    by its last frame, and the mean frame's error is the variance of the frames."""
-    torch.manual_seed(0)
-    T = evaluate.CONTEXT + evaluate.HORIZON
-    truth = torch.rand(3, 1, 3, 64, 64).repeat(1, T, 1, 1, 1)
-    dreamed = truth.clone()
-    dreamed[:, evaluate.CONTEXT + 9] += 0.5  # the tenth step is wrong
-    errors = evaluate.open_loop_error(truth, dreamed)
-    assert np.flatnonzero(errors["dream"]).tolist() == [9] and np.isclose(errors["dream"][9], 0.25)
-    assert not errors["last frame, repeated"].any()
-    assert np.allclose(errors["mean frame"], truth[:, 0].var(0, unbiased=False).mean(), atol=1e-6)
-    truth[:, evaluate.CONTEXT - 1] = 0  # the last frame seen
-    errors = evaluate.open_loop_error(truth, dreamed)
-    assert np.allclose(errors["last frame, repeated"], truth[:, -1].square().mean())
+    assert 10_000 < path.stat().st_size < 60_000 and "of 30 steps" in capsys.readouterr().out.splitlines()[-1]
 
 
 @pytest.mark.parametrize("method, mean, median", [
@@ -2731,7 +2757,7 @@ def test_open_loop_error_against_its_baselines():
     ("DIAMOND", 1.459, 0.373), ("BBF", 2.247, 0.917)])
 def test_aggregates_agree_with_published_ones(method, mean, median):
     """Fed with the published scores of the 26 games, mean and median come out as published."""
-    scores = evaluate.human_normalised({})[method + "*"]
+    scores = evaluate.human_normalised(evaluate.read_published()[method])
     assert scores.keys() == train.REFERENCE.keys()
     assert np.allclose(evaluate.aggregate(list(scores.values()))[:2], (mean, median), atol=6e-4)
 
@@ -2760,52 +2786,239 @@ def test_bootstrap_is_stratified():
 
 
 def test_table_says_what_it_knows(tmp_path, capsys):
-    """The table keeps different configurations apart, marks published figures, aggregates over the games that
-    are there and says so, gives no interval to single runs, and keeps games without a human score out."""
-    files = [write_result(tmp_path / "a.json"), write_result(tmp_path / "b.json", levels=1),
-             write_result(tmp_path / "c.json", game="frostbite", returns=[2000]),
-             write_result(tmp_path / "d.json", game="tennis")]
+    """The table marks published figures, aggregates over the games that are there and says so, gives no
+    interval to single runs, and keeps games without a human score out. As JSON it says the same."""
+    files = [write_result(tmp_path / "a.json"), write_result(tmp_path / "b.json", {"levels": 1}),
+             write_result(tmp_path / "c.json", {"game": "frostbite"}, returns=[2000], commit="def5678",
+                          trained_by=None),
+             write_result(tmp_path / "d.json", {"game": "tennis"})]
     evaluate.main(["--table", *files])
     flat, full = capsys.readouterr().out.split("### ")[1:]
-    assert flat.startswith("preset paper, levels 1, 100,000 agent steps") and "frostbite" not in flat
-    assert "only 2 of the 26 games; intervals need more than one run" in full and "95%" not in full
-    assert "in no aggregate: tennis" in full and " 2901.0 |" in full
-    assert all(name + "*" in full for name in ("random", "human", *evaluate.PUBLISHED))
+    assert flat.startswith("preset paper, levels 1, 100,000 agent steps\n") and "frostbite" not in flat
+    assert "Commits: abc1234.\n" in flat and "Commits: abc1234, def5678.\n" in full
+    assert "over 2 of the 26 games; intervals need several runs" in full and "95%" not in full
+    assert "tennis is not of Atari 100k and in no aggregate" in full and " 2901.0 |" in full
+    assert all(name + "*" in full for name in ("random", "human", *evaluate.read_published()))
     assert f"{(2 + 20.7) / (14.6 + 20.7):.3f}" in full
-    evaluate.main(["--table", *files, write_result(tmp_path / "e.json", seed=1, returns=[8]), "--json", "-"])
+    evaluate.main(["--table", *files, write_result(tmp_path / "e.json", {"seed": 1}, returns=[8]),
+                   "--json", "-"])
     flat, full = json.loads(capsys.readouterr().out)
-    assert full["scores"]["pong"] == [2.0, 8.0]
-    assert flat["scores"] == {"pong": [2.0]} and flat["interval"] is None
+    assert full["games"]["pong"]["scores"] == [2.0, 8.0] and full["commits"] == ["abc1234", "def5678"]
+    assert flat["games"]["pong"]["scores"] == [2.0] and flat["interval"] is None
     expected = ((5 + 20.7) / 35.3 + (2000 - 65.2) / (4334.7 - 65.2)) / 2
     assert np.isclose(full["aggregates"]["here"]["mean"], expected)
     low, high = full["interval"]["mean"]
     assert low < expected < high
     assert np.isclose(full["aggregates"]["IRIS*"]["mean"], (1 + (259.12 - 65.2) / (4334.7 - 65.2)) / 2)
     assert "Hieros*" not in full["aggregates"]  # of Pong its score is not known
-    other = write_result(tmp_path / "f.json", seed=1, settings={"tau": 0.0})  # not only another seed
-    evaluate.main(["--table", files[0], other])
-    assert "### preset paper, levels 3, tau 0.0, 100,000 agent steps" in capsys.readouterr().out
-    config = train.make_config({"preset": "debug", "device": "cpu", "seed": 3, "tau": 0.0, "save_every": 7})
-    assert train.result(config, 0, 0.0, [], [1.0])["settings"] == {"tau": 0.0}
 
 
-def test_bars_stand_beside_published_ones(tmp_path, monkeypatch):
-    """--bars shows each game's human-normalised score of each of our groups, then those published for the
-    game; aggregates only over games that all groups have; a whisker only where a game has several runs."""
+def test_errors_of_episodes_and_spread_of_seeds_are_two_columns(tmp_path, capsys):
+    """The standard deviation of the runs' scores and the standard error of one run's score over its episodes,
+    mean over runs, stand in columns of their own; neither is made up where one number is all there is."""
+    def columns(*files):
+        evaluate.main(["--table", *files])
+        lines = [line.split("|") for line in capsys.readouterr().out.splitlines() if "|" in line]
+        cells = dict(zip(map(str.strip, lines[0]), map(str.strip, lines[2])))
+        return cells["runs"], cells["score"], cells["seeds' s.d."], cells["episodes' s.e."]
+
+    returns = [[0.0, 8.0], [10.0, 20.0]]  # means 4 and 15; deviations 32 ** 0.5, 50 ** 0.5 of two episodes
+    files = [write_result(tmp_path / f"{i}.json", {"seed": i}, returns=r) for i, r in enumerate(returns)]
+    assert columns(*files) == ("2", "9.5", f"{11 / 2 ** 0.5:.1f}", "4.5")
+    assert columns(files[0]) == ("1", "4.0", "-", "4.0")
+    assert columns(write_result(tmp_path / "2.json", returns=[7.0])) == ("1", "7.0", "-", "-")
+
+
+def test_only_seeds_are_averaged(tmp_path):
+    """Two runs share a group if nothing that touches learning differs but the seed: every other setting keeps
+    them apart, and its value is in the title, where it is not the preset's; so do agent steps, the code that
+    was changed, and what a file says of such changes."""
+    first, second = tmp_path / "a.json", tmp_path / "b.json"
+    write_result(first)
+    same = {"seed": 1, "logdir": "runs/b", "log_every": 7, "save_every": 7, "eval_episodes": 7, "steps": 7}
+    assert groups(first, write_result(second, same)) == ["preset paper, levels 3, 100,000 agent steps"]
+    for field in dataclasses.fields(train.Config):
+        if field.name in same or field.name in ("game", "device", "precision"):
+            continue
+        usual = getattr(train.Config(), field.name)
+        value = "cpu" if field.name == "preset" else usual + 1 if field.type in (int, float) else not usual
+        titles = groups(first, write_result(second, {field.name: value, "seed": 1}))
+        assert len(titles) == 2 and any(f"{field.name} {value}" in title for title in titles), titles
+    for changes in ({"dirty": True}, {"trained_by": ["abc1234", "def5678+"]}, {"agent_steps": 50_000},
+                    {"change": "the goal is hidden"}):
+        assert len(groups(first, write_result(second, {"seed": 1}, **changes))) == 2, changes
+    changed = [write_result(tmp_path / f"{commit}.json", {"seed": i}, dirty=True, trained_by=[commit])
+               for i, commit in enumerate(("abc1234", "def5678"))]
+    assert len(groups(*changed)) == 2  # how, nobody knows
+
+
+def test_settings_that_a_file_lacks_keep_it_apart_unless_they_were_neutral(tmp_path):
+    """A setting that came after a run is unknown, which is not the same as any value; one that was removed
+    since does not separate at the value at which it did nothing, and does at any other. On a CPU tf32 is
+    float32."""
+    first, second = tmp_path / "a.json", tmp_path / "b.json"
+    write_result(first)
+
+    def together(second_config, **changes):
+        write_result(second, second_config | {"seed": 1}, **changes)
+        return len(groups(first, second)) == 1
+
+    old = {"observation_variance": 0.0, "sequence": "s5", "compile": False, "precision": "float32"}
+    assert together(old) and together({})
+    for name, value in (("observation_variance", 60.0), ("sequence", "gru"), ("compile", True),
+                        ("precision", "bf16"), ("made_up", 1)):
+        assert not together(old | {name: value})
+    write_result(second, {"seed": 1})
+    content = json.loads(second.read_text())
+    del content["config"]["tau"]
+    second.write_text(json.dumps(content))
+    assert groups(first, second)[1].endswith("100,000 agent steps, tau unknown")
+    gpu = [write_result(tmp_path / f"{name}.json", {"device": "cuda", "precision": name, "seed": seed})
+           for seed, name in enumerate(("tf32", "float32"))]
+    assert len(groups(*gpu)) == 2
+
+
+def test_kept_results_have_certain_origins():
+    """Each result in results/cpu holds its commit and all of its settings, and runs that were trained by
+    unlike code or settings are in different groups, as of Boxing with other scales of the pixels, and of
+    Kung-Fu Master with the goal hidden."""
+    files = [path for path in (HERE / "results" / "cpu").glob("*.json") if "subgoals" not in path.name]
+    found = evaluate.load_results(files)
+    assert len(files) >= 41 and not any("unknown" in group for group in found)
+    group_of = {path.stem: group for group, games in found.items() for runs in games.values()
+                for path in (run["path"] for run in runs)}
+    boxing = {group_of[f"boxing-levels3-{name}"]
+              for name in ("seed1", "deviation-febc4ec", "deviation-14b22b9")}
+    assert len(boxing) == 3 and group_of["boxing-levels3-seed0"] == group_of["boxing-levels3-seed1"]
+    hidden = {group_of[f"kung_fu_master-levels3-{name}"]
+              for name in ("nogoal-seed1", "hidden1", "seed1-25000")}
+    assert len(hidden) == 3 and group_of["krull-levels1-seed0"] != group_of["krull-levels1-gru"]
+    assert group_of["crazy_climber-levels3-seed0"] != group_of["crazy_climber-levels3-seed0-93ce823"]
+
+
+def test_the_same_run_twice_is_refused(tmp_path):
+    """A run given twice would count twice: the message has both file names. Another seed is another run."""
+    a, b = write_result(tmp_path / "a.json"), write_result(tmp_path / "b.json", returns=[0])
+    with pytest.raises(train.UsageError, match="b.json and .*a.json are the same run: pong, seed 0"):
+        evaluate.main(["--table", a, b])
+    assert evaluate.main(["--table", a, write_result(tmp_path / "b.json", {"seed": 1})]) == 0
+
+
+# The scripts of results/, one cheap test each.
+
+def test_subgoals_are_judged_where_their_time_is_up(monkeypatch):
+    """results/subgoals.py: a goal counts from the tick that sets it until the next is set or the episode
+    ends; what a level does under another goal is compared in the same states."""
+    torch.manual_seed(0)
+    subgoals, agent, compared = script("subgoals"), small(levels=2), []
+    level = agent.levels[0]
+    step = level.world_model.observe_step
+    level.world_model.observe_step = lambda x, z, a, o, d: (
+        step(x, z, a, o, d)._replace(h=o[:, 3:].repeat(1, 64)))  # h: the time
+    level.autoencoder.encode = lambda h: F.one_hot(h[:, :8].long(), 8).float()
+    level.autoencoder.decode = lambda code: code
+    monkeypatch.setattr(subgoals, "cosine_max",
+                        lambda goal, h: compared.append((goal, h[:, 0].tolist())) or torch.ones(len(h)))
+    with torch.inference_mode():
+        study, = subgoals.subgoal_study(agent, Echo(6), 0, steps=5 * 7)  # an episode: ticks at 0, 4 and 6
+        assert study == {"level": 0, "goals": 10, "reached": 1, "before": 1, "shuffled": 1, "possible": 1,
+                         "obeyed": 0}
+        (goal, end), (same, start), (other, _), (best, last) = compared
+        assert end == last == 5 * [4, 6] and start == 5 * [0, 4]
+        assert best.unflatten(-1, (8, 8)).argmax(-1)[:, 0].tolist() == last
+        assert torch.equal(goal, same) and torch.equal(goal.roll(5, 0), other)
+        torch.nn.init.normal_(level.actor.net[-1].weight)  # from now on what it does depends on everything
+        assert subgoals.subgoal_study(agent, Echo(6), 0, steps=35)[0]["obeyed"] > 0.1
+
+
+def test_open_loop_sequences_stay_inside_an_episode():
+    """results/open_loop.py: a sequence is consecutive steps of one episode, each with the action chosen after
+    it; episodes that are too short are one clear line."""
+    torch.manual_seed(0)
+    open_loop, agent = script("open_loop"), small(levels=2)
+    o, a, first = open_loop.fresh_sequences(agent, Echo(17), 0, count=6, length=8)
+    assert o.shape == (6, 8, 4) and a.shape == (6, 8, 3) and first.shape == (6, 8)
+    assert torch.equal(o[:, 1:, 3], o[:, :-1, 3] + 1) and not first[:, 1:].any() and first[:, 0].any()
+    assert torch.equal(o[:, 1:, :3], a[:, :-1])
+    with pytest.raises(train.UsageError, match="too short"):
+        open_loop.fresh_sequences(agent, Echo(6), 0, count=2, length=8)
+
+
+def test_open_loop_error_against_its_baselines(tmp_path, capsys):
+    """results/open_loop.py: the error at horizon n is that of the n-th step after the context; a still game
+    is foreseen perfectly by its last frame, and the mean frame's error is the variance of the frames. Both
+    pictures are written, and four errors printed."""
+    torch.manual_seed(0)
+    open_loop = script("open_loop")
+    T = open_loop.CONTEXT + open_loop.HORIZON
+    truth = torch.rand(3, 1, 3, 64, 64).repeat(1, T, 1, 1, 1)
+    dreamed = truth.clone()
+    dreamed[:, open_loop.CONTEXT + 9] += 0.5  # the tenth step is wrong
+    errors = open_loop.open_loop_error(truth, dreamed)
+    assert np.flatnonzero(errors["dream"]).tolist() == [9] and np.isclose(errors["dream"][9], 0.25)
+    assert not errors["last frame, repeated"].any()
+    assert np.allclose(errors["mean frame"], truth[:, 0].var(0, unbiased=False).mean(), atol=1e-6)
+    truth[:, open_loop.CONTEXT - 1] = 0  # the last frame seen
+    errors = open_loop.open_loop_error(truth, dreamed)
+    assert np.allclose(errors["last frame, repeated"], truth[:, -1].square().mean())
     pytest.importorskip("matplotlib")
-    drawn, draw_axes = [], evaluate.draw_axes
-    monkeypatch.setattr(evaluate, "draw_axes", lambda *args: drawn.append(draw_axes(*args)) or drawn[-1])
-    files = [write_result(tmp_path / "a.json"), write_result(tmp_path / "b.json", seed=1, returns=[8]),
-             write_result(tmp_path / "c.json", game="frostbite", returns=[2000]),
-             write_result(tmp_path / "d.json", levels=1)]
+    open_loop.draw(truth, dreamed, "pong", tmp_path / "error.png", tmp_path / "strip.png")
+    assert (tmp_path / "error.png").stat().st_size > 5000 and (tmp_path / "strip.png").stat().st_size > 50_000
+    assert len(capsys.readouterr().out.splitlines()) == 4
+
+
+def test_dream_film_runs_without_the_game():
+    """results/dream.py: the game is played for the context only, then all levels play on in the world model
+    alone, and the film ends where the model believes that the episode is over."""
+    pytest.importorskip("PIL")
+    steps = []
+
+    class Counted(train.Atari):
+        def step(self, action):
+            steps.append(action)
+            return super().step(action)
+
+    torch.manual_seed(0)
+    dream, agent, ticked = script("dream").dream, small(2, (64, 64, 3), 6), []
+    act = agent.act
+    agent.act = lambda *args, **now: (ticked.append(now), act(*args, **now))[1]
+    with torch.inference_mode():
+        frames = dream(agent, Counted("pong"), context=8, steps=12)
+        assert len(steps) == 8 and len(frames) == len(ticked) == 8 + 11
+        agent.levels[0].world_model.outcome_head[-1].bias.data[-1] = -9.0  # the continue logit
+        assert len(dream(agent, train.Atari("pong"), context=8, steps=12)) == 8 + 1
+
+
+def test_novelty_is_measured_on_states_of_each_level(tmp_path):
+    """results/novelty.py: the loss of each level's autoencoder over its own ticks, of the own game, of others
+    with fewer actions, and of random play."""
+    novelty, seen = script("novelty"), []
+    run = untrained_run(tmp_path, "boxing", levels=2)
+    rows = novelty.study(tmp_path, games=("boxing", "pong"), steps=9)
+    assert list(rows) == ["itself", "pong", "at random"] and all(len(values) == 2 for values in rows.values())
+    for level in run.agent.levels:
+        level.autoencoder.loss = lambda h: (None, seen.append(len(h)) or torch.tensor([1.0, 2.0]))
+    with torch.inference_mode():
+        assert novelty.novelty(run.agent, train.Atari("boxing"), 9) == [1.5, 1.5] and seen == [9, 3]
+
+
+def test_bars_stand_beside_published_ones(tmp_path):
+    """results/bars.py shows each game's human-normalised score of each of our groups, then those published
+    for the game; aggregates only over games that all groups have; a whisker only where a game has several
+    runs."""
+    pytest.importorskip("matplotlib")
+    files = [write_result(tmp_path / "a.json"), write_result(tmp_path / "b.json", {"seed": 1}, returns=[8]),
+             write_result(tmp_path / "c.json", {"game": "frostbite"}, returns=[2000]),
+             write_result(tmp_path / "d.json", {"levels": 1})]
     for count, titles in ((3, ["frostbite", "pong", "mean, 2 games", "median, 2 games", "IQM, 2 games",
                                "optimality gap, 2 games"]), (4, ["frostbite", "pong"])):
-        evaluate.main(["--bars", str(tmp_path / "bars.png"), *files[:count]])
-        axes = {axis.get_title(): axis for axis in drawn[-1][1]}
+        figure = script("bars").main(tmp_path / "bars.png", *files[:count])
+        axes = {axis.get_title(): axis for axis in figure.axes}
         assert list(axes) == titles
     assert (tmp_path / "bars.png").stat().st_size > 5000
+    published = evaluate.read_published()
     labels = [label.get_text() for label in axes["pong"].get_yticklabels()]
-    assert labels == ["here", "here", *(name + "*" for name in evaluate.PUBLISHED if name != "Hieros")]
+    assert labels == ["here", "here", *(name + "*" for name in published if name != "Hieros")]
     assert axes["frostbite"].get_yticklabels()[-1].get_text() == "Hieros*"
     bars = dict(zip(labels[2:], axes["pong"].patches[2:]))
     flat, full = axes["pong"].patches[:2]
@@ -2815,42 +3028,78 @@ def test_bars_stand_beside_published_ones(tmp_path, monkeypatch):
     assert ends[:3] == [0, 2, 0] and not any(ends[3:])
 
 
-def test_the_same_run_twice_is_refused(tmp_path):
-    """A run given twice would count twice: the message has both file names. Another seed is another run."""
-    a, b = write_result(tmp_path / "a.json"), write_result(tmp_path / "b.json", returns=[0])
-    with pytest.raises(train.UsageError, match="b.json and .*a.json are the same run: pong, seed 0"):
-        evaluate.main(["--table", a, b])
-    assert evaluate.main(["--table", a, write_result(tmp_path / "b.json", seed=1)]) == 0
-
-
-def test_pictures_are_drawn(tmp_path):
-    """Curves, S5 and ETBS pictures hold what they are about: each line's colour covers more than a legend."""
-    Image = pytest.importorskip("PIL.Image")
+def test_curves_show_mean_and_range(tmp_path):
+    """results/curves.py: a line a group with the mean over runs of the last ten episodes' mean, a band of
+    their range; a run that ended no episode is left out."""
     pytest.importorskip("matplotlib")
-
-    def pixels(path, *colours):
-        with Image.open(path) as image:
-            counts = {colour: count for count, colour in image.convert("RGB").getcolors(1 << 20)}
-        return min(counts.get(colour, 0) for colour in colours)
-
-    blue, orange, red = (31, 119, 180), (255, 127, 14), (214, 39, 40)
-    files = [write_result(tmp_path / "a.json"),
-             write_result(tmp_path / "b.json", levels=1, curve=[[1000 * i, -20.0] for i in range(1, 30)]),
-             write_result(tmp_path / "c.json", levels=1, seed=1, curve=[])]
-    evaluate.main(["--curves", str(tmp_path / "curves.png"), *files])
-    assert pixels(tmp_path / "curves.png", blue, orange) > 350
-    untrained_run(tmp_path / "run", levels=1)
-    evaluate.main([str(tmp_path / "run"), "--s5", str(tmp_path / "s5.png")])
-    assert pixels(tmp_path / "s5.png", blue, orange, red) > 350
-    evaluate.etbs_picture(tmp_path / "etbs.png", steps=2000)
-    assert pixels(tmp_path / "etbs.png", blue, orange) > 350
+    curves = [[1000 * i, -20.0] for i in range(1, 30)], [[1000 * i, -10.0] for i in range(1, 30)], []
+    files = [write_result(tmp_path / f"{seed}.json", {"seed": seed}, curve=curve)
+             for seed, curve in enumerate(curves)]
+    ramp = write_result(tmp_path / "3.json", {"levels": 1}, curve=[[i, float(i)] for i in range(1, 30)])
+    axis, = script("curves").main(tmp_path / "curves.png", *files, ramp).axes
+    lines = {line.get_label(): line.get_ydata() for line in axis.get_lines()}
+    assert np.allclose(lines["preset paper, levels 3, 100,000 agent steps, runs: 2"], -15)
+    assert np.isclose(lines["preset paper, levels 1, 100,000 agent steps, runs: 1"][-1], 24.5)  # of 20 ... 29
+    band = axis.collections[1].get_paths()[0].vertices[:, 1]
+    assert (band.min(), band.max()) == (-20, -10)
 
 
-def test_open_loop_pictures_are_drawn(tmp_path, capsys):
-    """The error picture and the strip of true above dreamed frames are written, and four errors printed."""
+def test_pictures_of_s5_and_of_sampling(tmp_path):
+    """results/s5_kernels.py: kernels are what the layers answer to an impulse. results/etbs.py: with uniform
+    draws early steps are drawn most; tau = 0.3 comes nearer to equally often."""
     pytest.importorskip("matplotlib")
-    truth = torch.rand(2, evaluate.CONTEXT + evaluate.HORIZON, 3, 64, 64)
-    evaluate.open_loop_picture(evaluate.open_loop_error(truth, truth.flip(0)), "pong", tmp_path / "error.png")
-    evaluate.strip_picture(truth[0], truth[1], "pong", tmp_path / "strip.png")
-    assert (tmp_path / "error.png").stat().st_size > 5000 and (tmp_path / "strip.png").stat().st_size > 50_000
-    assert len(capsys.readouterr().out.splitlines()) == 4
+    run = untrained_run(tmp_path, levels=1)
+    figure = script("s5_kernels").main(tmp_path, tmp_path / "s5.png")
+    layer = run.agent.levels[0].world_model.sequence.blocks[0].s5
+    impulse = torch.zeros(1, 32, 64)
+    impulse[0, 0, 0] = 1
+    with torch.no_grad():
+        answer = layer(impulse, torch.zeros(1, 32, dtype=torch.bool))[0][0]
+        answer[0, 0] -= layer.D[0]
+    before, after = figure.axes[1].get_lines()[0], figure.axes[1].get_lines()[3]
+    assert np.allclose(before.get_ydata(), answer[:, 0], atol=1e-5)
+    assert np.allclose(after.get_ydata(), answer[:, 0], atol=1e-5)  # the run has not begun
+    figure = script("etbs").main(tmp_path / "etbs.png", steps=2000)
+    uniform, hieros, _ = (line.get_ydata() for line in figure.axes[1].get_lines())
+    assert uniform[0] > 3 * uniform[-1] and np.ptp(hieros) < 0.8 * np.ptp(uniform)
+    assert np.isclose(uniform.mean(), 1) and np.isclose(hieros.mean(), 1)
+
+
+def test_a_gru_in_parallel_is_the_gru_step_by_step(tmp_path, monkeypatch):
+    """results/gru.py: its stack has S5Stack's interface, forgets at resets, and trains in the place of S5;
+    the result says so."""
+    gru, (B, T) = script("gru"), (3, 7)
+    stack, u, reset = gru.GRUStack(12, 16, 2), torch.randn(B, T, 12), some_resets(B, T)
+    m, states = stack(u, reset)
+    state = torch.zeros(B, *stack.state_shape, dtype=torch.cfloat)
+    for t in range(T):
+        m_t, state = stack.step(u[:, t], state * ~reset[:, t, None, None], stack.discretise())
+        assert torch.allclose(m_t, m[:, t], atol=1e-6) and torch.allclose(state, states[:, t], atol=1e-6)
+    monkeypatch.chdir(tmp_path)
+    flags = "--preset debug --device cpu --game Echo-v0 --levels 1 --steps 310 --eval_episodes 2 --logdir run"
+    monkeypatch.setattr(gymnasium.envs.registration, "registry", dict(gymnasium.registry))
+    monkeypatch.setattr(gymnasium, "registry", gymnasium.envs.registration.registry)
+    gymnasium.register("Echo-v0", Echo)
+    assert gru.main(flags.split()) == 0
+    result = json.loads((tmp_path / "run" / "evaluation.json").read_text())
+    assert result["change"] == "GRU layers instead of S5's"
+    with pytest.raises(train.UsageError, match="checkpoint.pt is damaged or not"):  # it has no S5 layers
+        evaluate.load_run(tmp_path / "run", "cpu")
+
+
+def test_s5_speed_is_measured_and_drawn(tmp_path, capsys):
+    """results/s5_speed.py: a row a length, of three ways to train and to step, and the picture of them."""
+    pytest.importorskip("matplotlib")
+    speed = script("s5_speed")
+    rows = speed.measure([4, 8])
+    assert [row[0] for row in rows] == [4, 8] and all(number > 0 for row in rows for number in row)
+    assert len(capsys.readouterr().out.splitlines()) == 3 and len(rows[0]) == 7
+    speed.draw(rows, tmp_path / "s5.png")
+    assert (tmp_path / "s5.png").stat().st_size > 5000
+
+
+def test_every_script_of_results_says_how_it_is_run():
+    """Its docstring has its command."""
+    for path in (HERE / "results").glob("*.py"):
+        text = path.read_text()
+        assert f"python results/{path.name}" in text.split('"""')[1], path.name
