@@ -5,6 +5,7 @@
 
 import copy
 import dataclasses
+import importlib.util
 import itertools
 import json
 import os
@@ -16,8 +17,9 @@ import subprocess
 import sys
 import time
 import tracemalloc
+import types
+import warnings
 from pathlib import Path
-from warnings import filterwarnings
 
 import gymnasium
 import numpy as np
@@ -36,7 +38,7 @@ from world_model import (ImageDecoder, ImageEncoder, Patches, State, TwoHot, Wor
 
 
 HERE = Path(__file__).parent
-filterwarnings("ignore", category=pytest.PytestUnknownMarkWarning)  # no file declares slow and gpu
+warnings.filterwarnings("ignore", category=pytest.PytestUnknownMarkWarning)  # no file declares slow and gpu
 slow = pytest.mark.slow
 
 
@@ -490,9 +492,9 @@ def test_networks_have_the_layers_of_the_paper():
     cnn = level.world_model.encoder[0]
     assert [type(layer).__name__ for layer in cnn] == 4 * ["Conv2d", "ChannelNorm", "SiLU"] + ["Flatten"]
     assert [cnn[i].out_channels for i in (0, 3, 6, 9)] == [24, 48, 96, 192]
-    normed = cnn[1](torch.randn(2, 24, 5, 5))
-    assert torch.allclose(normed.mean(1), torch.zeros(2, 5, 5), atol=1e-5)
-    assert torch.allclose(normed.var(1, correction=0), torch.ones(2, 5, 5), atol=1e-3)
+    image = torch.randn(2, 24, 5, 5)
+    deviation = (image.var(1, correction=0, keepdim=True) + 1e-5).sqrt()
+    assert torch.allclose(cnn[1](image), (image - image.mean(1, keepdim=True)) / deviation, atol=1e-5)
 
 
 @pytest.mark.parametrize("first_stride", [2, 4])
@@ -1482,22 +1484,20 @@ def test_resumed_run_is_bitwise_the_undisturbed_one(tmp_path):
 
 
 def test_a_run_acts_with_its_present_weights(tmp_path):
-    """What a run keeps of its layers between steps belongs to the weights of the last update or checkpoint,
-    and acting with it is acting without it."""
+    """What a run keeps of its layers between steps belongs to the weights of the last update or checkpoint of
+    each level, and only the level that was updated is computed anew."""
     run = train.Run(catch_config(tmp_path, steps=200), Catch())
-    old = run.discretised
+    old = list(run.discretised)
     train.train(run, progress=False)
     other = train.Run(dataclasses.replace(run.config, seed=1), Catch())
     other.restore(train.load_checkpoint(tmp_path / "checkpoint.pt", "cpu"))
     for kept in (run.discretised, other.discretised):
         for layers, present, before in zip(kept, run.agent.discretise(), old):
-            assert all(map(torch.equal, layers, present)) and not torch.equal(layers[0], before[0])
-    memories = []
-    for discretised in (None, run.discretised):
-        torch.manual_seed(0)
-        memories.append(run.agent.act(run.memory, **run.now, discretised=discretised)[0]["levels"])
-    for without, handed in zip(*memories):
-        assert torch.equal(without["x"], handed["x"]) and torch.equal(without["action"], handed["action"])
+            for layer, now, then in zip(layers, present, before):
+                assert all(map(torch.equal, layer, now)) and not torch.equal(layer[0], then[0])
+    before, run.step = list(run.discretised), 202  # a multiple of train_every, not of train_every * k
+    run.learn()
+    assert run.discretised[0] is not before[0] and run.discretised[1] is before[1]
 
 
 def test_metrics_have_the_names_that_dreamer_users_know(tmp_path):
@@ -1565,51 +1565,33 @@ def test_a_run_survives_odd_episodes(lengths, tmp_path):
     assert run.replays[0].total > 6 * run.replays[0].capacity and len(ends) == len(run.curve)
 
 
-def test_profile_counts_what_an_update_does(tmp_path, capsys):
-    """--profile trains each level a few times, says what an update costs, and leaves nothing but its file; a
-    view is no operation."""
-    with train.Operations() as operations:
+def test_profile_counts_what_an_update_does(tmp_path, monkeypatch, capsys):
+    """results/profile.py trains each level a few times, says what an update costs, and leaves nothing but its
+    file; a view is no operation."""
+    flags = "--preset debug --device cpu --levels 2 --logdir".split()
+    monkeypatch.setattr(sys, "argv", ["profile.py", *flags, str(tmp_path / "run")])
+    monkeypatch.setattr(sys, "path", ["", *sys.path])
+    script = runpy.run_path(str(HERE / "results" / "profile.py"), run_name="__main__")
+    assert [path.name for path in (tmp_path / "run").iterdir()] == ["profile.json"]
+    found, text = json.loads((tmp_path / "run" / "profile.json").read_text()), capsys.readouterr().out
+    hours = 1200 * (found["act_seconds"] + found["env_seconds"]) / 3600
+    for i, level in enumerate(found["levels"]):
+        assert level["cost"] == pytest.approx(level["seconds"] * level["matmul_gflops"])
+        assert f"level {i}: " in text and level["dispatched_ops"] > 500
+        hours += 900 / (10 * 4 ** i) * (level["seconds"] + level["sample_seconds"]) / 3600
+    assert found["levels"][0]["gflop"] > found["levels"][1]["gflop"]  # it has the images
+    assert found["projected_hours"] == pytest.approx(hours)
+    with script["Operations"]() as operations:
         x = torch.ones(16, 16)
         (x.T @ x) @ x[:, :4]
     assert operations.count == 3  # and the ones
-    flags = "--preset debug --device cpu --levels 2 --profile --logdir".split()
-    assert train.main([*flags, str(tmp_path / "run")]) == 0
-    assert [path.name for path in (tmp_path / "run").iterdir()] == ["profile.json"]
-    found = json.loads((tmp_path / "run" / "profile.json").read_text())
-    for i, level in enumerate(found["levels"]):
-        assert level["cost"] == pytest.approx(level["seconds"] * level["matmul_gflops"])
-        for name in ("seconds", "gflop", "dispatched_ops"):
-            parts = sum(phase[name] for phase in level["phases"].values())
-            assert parts == pytest.approx(level[name], rel=0.5)  # of seconds they are medians
-        assert f"level {i}: " in capsys.readouterr().out or i
-    assert found["levels"][0]["gflop"] > found["levels"][1]["gflop"]  # it has the images
-    hours = 1200 * (found["act_seconds"] + found["env_seconds"]) / 3600
-    for i, level in enumerate(found["levels"]):
-        hours += 900 / (10 * 4 ** i) * (level["seconds"] + level["sample_seconds"]) / 3600
-    assert found["projected_hours"] == pytest.approx(hours)
-
-
-def test_compiled_code_computes_the_same(tmp_path):
-    """With --compile an update has the losses of one without, up to rounding."""
-    if not shutil.which(os.environ.get("CXX", "g++")):
-        pytest.skip("torch.compile needs a C++ compiler")
-    found = []
-    for compile in (False, True):
-        config = catch_config(tmp_path, levels=1, starts=32, compile=compile)
-        run = train.Run(config, Catch())
-        batch = batch_of(run.agent, 0, B=4, T=8)
-        torch.manual_seed(0)
-        with torch._inductor.config.patch(fallback_random=True):  # the same random numbers in both
-            found.append(run.agent.levels[0].update(batch))
-    for name, value in found[0].items():
-        assert torch.allclose(value, found[1][name], rtol=1e-3, atol=1e-4), name
 
 
 def test_a_non_finite_loss_stops_the_run(tmp_path):
     """NaN is never trained on silently: the run ends, names the level and losses, writes no checkpoint."""
     run = train.Run(catch_config(tmp_path), Catch())
-    run.agent.levels[1].world_model.outcome[-1].bias.data.fill_(float("nan"))
-    with pytest.raises(FloatingPointError, match="at step [0-9]+, level 1: not finite: loss/rew"):
+    run.agent.levels[1].world_model.outcome_head[-1].bias.data.fill_(float("nan"))
+    with pytest.raises(FloatingPointError, match="up to step [0-9]+, level 1: not finite: train/loss/rew"):
         train.train(run, progress=False)
     assert not (tmp_path / "checkpoint.pt").exists()
 
@@ -1631,9 +1613,10 @@ def test_every_setting_is_read():
 @pytest.fixture
 def refused(monkeypatch, capfd, tmp_path):
     """A command line, run in tmp_path, that must fail as it should: exit code 2, one line of error without a
-    traceback, nothing written, changed or deleted. Returns that line."""
+    traceback, nothing written, changed or deleted but a lock. Returns that line."""
     def files():
-        return {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
+        return {path: path.is_file() and path.stat().st_mtime_ns for path in tmp_path.rglob("*")
+                if path.name != "lock"}
 
     def run(script, *flags):
         before, _ = files(), capfd.readouterr()
@@ -1646,6 +1629,8 @@ def refused(monkeypatch, capfd, tmp_path):
         return line
 
     monkeypatch.chdir(tmp_path)
+    for name in ("stdout", "stderr"):  # a program wraps them
+        monkeypatch.setattr(sys, name, getattr(sys, name))
     return run
 
 
@@ -1664,13 +1649,19 @@ def refused(monkeypatch, capfd, tmp_path):
     ("--steps 1999 --train_every 2000", ["--steps 1999", "at step 2000", "--train_every"]),
     ("--device cuda:99", ["--device cuda:99"]),
     ("--device gpu", ["--device gpu"]),
-    ("--device meta", ["--device meta"]),
+    ("--device meta", ["--device meta", "cpu and cuda can"]),
+    ("--device mps", ["--device mps", "cpu and cuda can"]),
+    ("--game cartpole", ["unknown game 'cartpole'", "CartPole-v1"]),
+    ("--game CartPole-v7", ["unknown game 'CartPole-v7'", "CartPole-v1"]),
+    ("--game froway-v1", ["unknown game 'froway-v1'", "freeway"]),
+    ("--game xyz", ["unknown game 'xyz'", "pong", "CartPole-v1", "my_module:MyEnv-v0"]),
+    ("--game no_such_module:Game-v0", ["--game no_such_module:Game-v0", "ModuleNotFoundError"]),
+    ("--game json:Game-v0", ["unknown game 'json:Game-v0'"]),
     ("--logdir", ["--logdir", "expected one argument"]),
     ("--logdir file/run", ["--logdir file/run", "cannot be used", "Not a directory"]),
     ("--logdir file", ["--logdir file", "cannot be used", "File exists"]),
     ("--logdir /proc/run", ["--logdir /proc/run", "cannot be used"]),
-    ("--logdir full", ["full already exists", "--resume", "another --logdir"]),
-    ("--resume --logdir nowhere", ["nowhere/checkpoint.pt does not exist"]),
+    ("--logdir full", ["full already exists", "another --logdir"]),
     ("--resume --logdir full", ["full/checkpoint.pt does not exist"]),
 ])
 def test_bad_input_is_one_clear_line(refused, tmp_path, flags, words):
@@ -1785,18 +1776,19 @@ def test_all_that_a_checkpoint_needs_is_on_the_disk_when_it_takes_its_name(tmp_p
 
     monkeypatch.setattr(os, "fsync", fsync)
     run = train.Run(catch_config(tmp_path), Catch())
-    run.act()
+    run.remember(run.act())
     run.log.write(0, {"a line": 1})
     run.save()
     files = [path.stat() for path in tmp_path.rglob("*") if path.suffix in (".pt", ".npz", ".jsonl")]
     assert len(files) == 4 and all(synced[file.st_ino] == file.st_size for file in files)
 
 
-@pytest.mark.parametrize("spelling", ["ms_pacman", "MsPacman", "mspacman", "Ms-Pacman", "MS PACMAN"])
+@pytest.mark.parametrize("spelling", ["ms_pacman", "MsPacman", "mspacman", "Ms-Pacman", "MS PACMAN", "ALE/MsPacman-v5",
+                                      "MsPacmanNoFrameskip-v4", "MsPacmanDeterministic-v0", "MsPacman-v4"])
 def test_games_may_be_spelled_as_people_do(spelling):
-    """Any spelling of a game finds it, and all 26 games of the benchmark are there."""
-    assert train.atari_name(spelling) == "ms_pacman"
-    assert len(train.REFERENCE) == 26 and all(train.atari_name(game) == game for game in train.REFERENCE)
+    """Any spelling of a game finds it, others' names for it too, and all 26 games of the benchmark are there."""
+    assert train.game_name(spelling) == "ms_pacman"
+    assert len(train.REFERENCE) == 26 and all(train.game_name(game) == game for game in train.REFERENCE)
 
 
 def test_screen_is_averaged_by_area():
@@ -1854,11 +1846,523 @@ def test_emulator_continues_bitwise_after_it_is_restored():
     assert (env.reset()[0] == other.reset()[0]).all() and env.frames == other.frames
 
 
+class FakeGame:
+    """An emulator whose frames are known. Left and right half of a screen are each of one shade, which rises
+    and falls; as with real sprites, either is drawn on every other frame only."""
+
+    SHADES = np.random.default_rng(0).integers(1, 256, (1000, 2))
+
+    def __init__(self, length=10 ** 9):
+        self.length, self.frame, self.actions = length, 0, []
+
+    def screen(self):
+        screen, half = np.zeros((210, 160, 3), np.uint8), self.frame % 2
+        screen[:, 80 * half:80 * half + 80] = self.SHADES[self.frame % 1000, half]
+        return screen
+
+    def reset(self, seed=None):
+        self.frame, self.actions = 0, []
+        return self.screen(), {}
+
+    def step(self, action):
+        self.frame += 1
+        self.actions.append(int(action))
+        return self.screen(), float(self.frame), self.frame == self.length, False, {}
+
+
+def fake_atari(**options):
+    env = train.Atari("pong")
+    env.game = FakeGame(**options)
+    return env
+
+
+def test_the_observation_is_the_maximum_of_the_last_two_frames_and_of_no_others():
+    """Sprites drawn on alternate frames are all there; what was brighter earlier is not."""
+    env = fake_atari()
+    env.reset(seed=1)
+    for _ in range(50):
+        before = env.game.frame
+        observation, reward, *_ = env.step(3)
+        last = env.game.frame
+        assert last == before + 4 and reward == sum(range(before + 1, last + 1))
+        assert env.game.actions[-4:] == [3] * 4
+        for half in (0, 1):  # the one was drawn on the last frame, the other on the one before
+            shade = env.game.SHADES[(last if last % 2 == half else last - 1) % 1000, half]
+            assert (observation[:, 32 * half:32 * half + 32] == shade).all()
+
+
+def test_an_episode_begins_with_0_to_30_no_ops():
+    """As many as the environment's own random numbers say, each number occurs, and after an end among them the
+    game is reset."""
+    env = fake_atari()
+    env._observation = lambda: None
+    env.reset(seed=0)
+    counts = []
+    for _ in range(400):
+        env.reset()
+        counts.append(len(env.game.actions))
+        assert set(env.game.actions) <= {0} and env.frames == counts[-1]
+    assert set(counts) == set(range(31))
+    env.game.length = 1  # it ends after a single frame
+    env.reset()
+    assert env.game.frame == 0
+
+
+def test_an_episode_ends_after_108000_frames_by_truncation():
+    """That is the published limit, in frames of the emulator, no-ops included."""
+    env = fake_atari()
+    env._observation = lambda: None
+    env.reset(seed=0)
+    truncated, steps = False, 0
+    while not truncated:
+        _, _, terminated, truncated, _ = env.step(0)
+        steps += 1
+        assert not terminated
+    assert env.game.frame == 108_000 and steps <= 27_000 == env.max_steps
+
+
+@pytest.mark.parametrize("game, actions", [("pong", 6), ("breakout", 4), ("freeway", 3), ("boxing", 18)])
+def test_minimal_actions_and_none_of_them_sticks(game, actions):
+    """The agent chooses among the actions that the game has, and its choice is what the game gets."""
+    env = train.make_env(game)
+    assert env.action_space.n == actions == len(env.game.ale.getMinimalActionSet())
+    assert env.game.ale.getFloat("repeat_action_probability") == 0 and env.game.ale.getInt("frame_skip") == 1
+
+
+def test_all_games_play():
+    """Each of the 104, whatever the size of its screen (some have 214, 220, 230 or 250 rows)."""
+    rows = set()
+    assert len(train.atari_games()) == 104
+    for game in train.atari_games():
+        env = train.make_env(game)
+        assert env.observation_space.contains(env.reset()[0]), game  # a seed would load it again
+        assert env.observation_space.contains(env.step(env.action_space.n - 1)[0]), game
+        rows.add(len(env.screen))
+        env.close()
+    assert {210, 250} <= rows
+
+
+def test_bfloat16_never_touches_the_game():
+    """An image is shrunk exactly, also where the agent beside it computes in bfloat16."""
+    image = np.random.default_rng(0).integers(0, 256, (210, 160, 3), np.uint8)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = train.shrink(image)
+    assert (found == train.shrink(image)).all()
+
+
+def test_autocast_keeps_no_stale_weights():
+    """With bf16, a weight that changes inside an update is used as it is, and one that was first used under
+    no_grad, as in a dream, gets a gradient nevertheless."""
+    layer, x = torch.nn.Linear(8, 8), torch.ones(1, 8)
+    with train.autocast(train.Config(device="cpu", precision="bf16")):
+        with torch.no_grad():
+            layer(x)
+        before = layer(x)
+        assert before.dtype == torch.bfloat16
+        before.float().sum().backward()
+        assert layer.weight.grad.abs().sum() > 0
+        with torch.no_grad():
+            layer.weight.add_(1)
+        assert not torch.equal(layer(x), before)
+
+
+@pytest.mark.parametrize("precision", ["bf16", "tf32"])
+def test_every_network_learns_at_every_precision(precision, tmp_path):
+    """A run in bfloat16 changes each of its parameters, as one in float32 does; TF32 is asked for only when
+    it was chosen."""
+    run = train.Run(catch_config(tmp_path, steps=80, warmup=0, train_every=10, batch_length=8,
+                                 batch_size=4, starts=32, precision=precision), Catch())
+    assert torch.backends.cuda.matmul.allow_tf32 is torch.backends.cudnn.allow_tf32 is (precision == "tf32")
+    before = {name: value.clone() for name, value in run.agent.named_parameters()}
+    train.train(run, progress=False)
+    assert min(run.updates) > 0
+    for name, value in run.agent.named_parameters():
+        assert not torch.equal(value, before[name]), name
+    train.make_agent(catch_config(tmp_path, precision="float32"), Catch())
+    assert not torch.backends.cuda.matmul.allow_tf32 and not torch.backends.cudnn.allow_tf32
+
+
+# Environments of our own, registered as users do it.
+
+class Tiny(gymnasium.Env):
+    """Ten steps in a corridor, by default with vectors; options change what it is or what goes wrong."""
+
+    metadata = {"render_modes": ["rgb_array"]}
+
+    def __init__(self, observations=None, actions=None, answer=None, reward=1.0, fault=None, render_mode=None):
+        self.observation_space = observations or gymnasium.spaces.Box(-1, 20, (3,), np.float64)
+        self.action_space = actions or gymnasium.spaces.Discrete(2)
+        self.answer, self.reward, self.fault, self.render_mode, self.taken = answer, reward, fault, render_mode, []
+
+    def observe(self):
+        return np.array([self.t, self.number, 0.5]) if self.answer is None else self.answer
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        self.t, self.number = 0, self.np_random.random()
+        return self.observe(), {}
+
+    def step(self, action):
+        self.t += 1
+        self.taken.append(action)
+        if self.t == 7 and isinstance(self.fault, Exception):
+            raise self.fault
+        observation = self.observe() if self.t != 7 or self.fault is None else self.fault
+        return observation, self.reward, self.t == 10, False, {"unlike": self.t}
+
+    def render(self):
+        return np.full((40, 60, 3), self.t, np.uint8)
+
+
+@pytest.fixture
+def registered():
+    """Registers Tiny with options, or another environment, and returns the name."""
+    def register(kind=Tiny, limit=None, **options):
+        gymnasium.registry.pop("Tiny-v0", None)
+        gymnasium.register("Tiny-v0", kind, max_episode_steps=limit, kwargs=options)
+        return "Tiny-v0"
+
+    yield register
+    gymnasium.registry.pop("Tiny-v0", None)
+
+
+QUICK = ("--preset debug --device cpu --levels 2 --steps 60 --warmup 0 --batch_length 8 --batch_size 2 --starts 8"
+         " --train_every 20 --save_every 20 --log_every 20 --horizon 2").split()
+
+
+@pytest.mark.parametrize("space, answer, seen", [
+    (gymnasium.spaces.Box(-9, 9, (2,), np.float64), np.array([1.5, -2.0]), [1.5, -2.0]),
+    (gymnasium.spaces.Box(0, 99, (2,), np.int32), [7, 9], [7, 9]),
+    (gymnasium.spaces.Discrete(4), 2, [0, 0, 1, 0]),
+    (gymnasium.spaces.Discrete(4, start=-1), np.int64(2), [0, 0, 0, 1]),
+], ids=["floats", "integers", "discrete", "discrete from -1"])
+def test_vectors_of_all_kinds_reach_the_agent(registered, space, answer, seen):
+    """Boxes of one axis as float32, Discrete as one-hot."""
+    env = train.make_env(registered(observations=space, answer=answer))
+    observation, _ = env.reset(seed=0)
+    assert observation.dtype == np.float32 and observation.tolist() == seen
+    assert env.observation_space.shape == observation.shape and (env.step(0)[0] == observation).all()
+
+
+@pytest.mark.parametrize("shape", [(96, 96, 3), (210, 160, 3), (84, 84), (84, 84, 1), (30, 20, 3), (64, 64, 3)])
+def test_images_of_any_size_reach_the_agent(registered, shape):
+    """As 64x64 colours, averaged by the code that Atari uses: brightness stays where it is."""
+    image = np.zeros(shape, np.uint8)
+    image[:shape[0] // 2] = 200
+    env = train.make_env(registered(observations=gymnasium.spaces.Box(0, 255, shape, np.uint8), answer=image))
+    for observation in (env.reset(seed=0)[0], env.step(1)[0]):
+        assert observation.shape == (64, 64, 3) and observation.dtype == np.uint8
+        assert (observation[:32] == 200).all() and (observation[32:] == 0).all()
+    assert train.make_config({"game": "Tiny-v0", "device": "cpu"}).preset == "cpu"
+
+
+@pytest.mark.parametrize("options, words", [
+    (dict(observations=gymnasium.spaces.Dict({"a": gymnasium.spaces.Discrete(2)})), ["Dict(", "FlattenObservation"]),
+    (dict(observations=gymnasium.spaces.Tuple([gymnasium.spaces.Discrete(2)])), ["Tuple(", "FlattenObservation"]),
+    (dict(observations=gymnasium.spaces.MultiBinary(3)), ["MultiBinary(3)", "FlattenObservation"]),
+    (dict(observations=gymnasium.spaces.MultiDiscrete([3, 2])), ["MultiDiscrete([3 2])", "FlattenObservation"]),
+    (dict(observations=gymnasium.spaces.Box(0, 1, (4, 4))), ["Box(", "FlattenObservation"]),
+    (dict(observations=gymnasium.spaces.Box(0, 1, (64, 64, 3))), ["float32", "images of uint8", "TransformObs"]),
+    (dict(observations=gymnasium.spaces.Box(0, 255, (3, 64, 64), np.uint8)), ["(3, 64, 64)", "TransformObs"]),
+    (dict(actions=gymnasium.spaces.Box(-1, 1, (2,))), ["actions Box(", "Discrete", "TransformAction"]),
+    (dict(actions=gymnasium.spaces.MultiDiscrete([3, 2])), ["actions MultiDiscrete([3 2])", "TransformAction"]),
+    (dict(actions=gymnasium.spaces.Discrete(257)), ["actions Discrete(257)", "up to 256"]),
+    (dict(nonsense=1), ["Tiny-v0 cannot be made", "TypeError", "nonsense"]),
+])
+def test_unsupported_spaces_are_one_clear_line(registered, refused, options, words):
+    """The line names the space found, what is supported and the wrapper that converts it."""
+    line = refused("train.py", "--game", registered(**options))
+    assert all(word in line for word in ["Tiny-v0", *words]), line
+
+
+def test_actions_may_start_anywhere(registered):
+    """The environment gets its own numbers, the agent counts from 0."""
+    env = train.make_env(registered(actions=gymnasium.spaces.Discrete(3, start=5)))
+    env.reset(seed=0)
+    for action in range(3):
+        env.step(np.int64(action))
+    assert env.action_space == gymnasium.spaces.Discrete(3) and env.unwrapped.taken == [5, 6, 7]
+
+
+def test_time_limits_are_truncation_and_every_episode_has_one(registered):
+    """An environment's own limit cuts an episode without ending it, with its last observation and reward; one
+    that has none gets Atari's."""
+    env = train.make_env(registered(limit=4))
+    env.reset(seed=0)
+    steps = [env.step(0) for _ in range(4)]
+    assert [step[2:4] for step in steps] == [(False, False)] * 3 + [(False, True)]
+    assert steps[-1][0][0] == 4 and steps[-1][1] == 1 and env.max_steps == 4
+    assert train.make_env(registered()).max_steps == 27_000
+
+
+def test_a_module_of_ones_own(tmp_path, monkeypatch, refused):
+    """--game my_module:MyEnv-v0 imports the module, which registers it; auto finds the preset for vectors."""
+    (tmp_path / "corridor.py").write_text(
+        "import gymnasium\nfrom test_hieros import Tiny\ngymnasium.register('Corridor-v0', Tiny)\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    config = train.make_config({"game": "corridor:Corridor-v0", "device": "cpu"})
+    assert (config.game, config.preset) == ("corridor:Corridor-v0", "vector")
+    assert config.logdir == "runs/corridor_Corridor-v0-0"
+    env = train.make_env(config.game, render_mode="rgb_array")
+    env.reset(seed=0)
+    assert env.render().shape == (40, 60, 3) and train.make_env(config.game).render_mode is None
+    assert "nearest: Corridor-v0" in refused("train.py", "--game", "corridor:Coridor-v0")
+
+
+def test_own_games_are_scored_beside_random_play(registered, tmp_path, capsys):
+    """A run of one ends with mean, error and episodes, and with 20 episodes of random play from the same
+    evaluation; its result says all that is known of where it comes from."""
+    directory = tmp_path / "a run"
+    assert train.main(["--game", registered(limit=6), "--logdir", str(directory), *QUICK]) == 0
+    text = capsys.readouterr().out
+    assert "score 6.0 +- 0.0 (standard error of 2 episodes); random play 6.0 +- 0.0 (20 episodes)" in text
+    assert "device cpu, float32, writing" in text  # on a CPU TF32 is float32
+    found = json.loads((directory / "evaluation.json").read_text())
+    assert found["random"] is found["human"] is found["human_normalised"] is None
+    assert found["random_measured"]["returns"] == [6.0] * 20 and found["returns"] == [6.0, 6.0]
+    config = train.load_checkpoint(directory / "checkpoint.pt", "cpu")["config"]
+    assert found["config"] == config and config["game"] == "Tiny-v0" and config["precision"] == "tf32"
+    assert found["versions"].keys() == {"python", "torch", "gymnasium", "ale-py", "numpy"}
+    assert found["versions"]["torch"] == torch.__version__ and found["threads"] == torch.get_num_threads()
+    assert found["evaluation_seed"] == 0 and found["device"] == "cpu" and found["agent_steps"] == 60
+    assert found["trained_by"] == [found["commit"] + "+" * found["dirty"]] and found["hours"] >= 0
+    assert found["curve"] == [[6 * i, 6.0] for i in range(1, 10)] and "command" in found
+
+
+def test_an_environment_that_cannot_be_saved_starts_a_new_episode(registered, tmp_path, capsys):
+    """All else continues; its random numbers too, and the message says so."""
+    name, directory = registered(), tmp_path / "run"
+    run = train.Run(train.make_config({"preset": "debug", "game": name, "device": "cpu", "logdir": str(directory)}),
+                    train.make_env(name))
+    for _ in range(3):
+        run.play(0)
+    run.save()
+    other = train.Run(dataclasses.replace(run.config, seed=5), train.make_env(name))
+    assert other.restore(train.load_checkpoint(directory / "checkpoint.pt", "cpu")) is False
+    assert other.now["is_first"][0] and other.score == 0 and other.step == 3 and other.env.t == 0
+    assert (run.env.reset()[0] == other.now["observation"][0]).all()  # the same random number
+    capsys.readouterr()
+    again = ["--resume", "--logdir", str(directory), "--steps", "310"]
+    assert train.main(again) == 0
+    assert "resumed at step 3, in a new episode: Tiny-v0 saves none" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("fault, words", [
+    (ZeroDivisionError("by hand"), ["ZeroDivisionError, by hand", "test_hieros.py, line"]),
+    (np.array([1.0, np.nan, 0]), ["not in Box"]), (np.array([1.0, 99, 0]), ["not in Box"]),
+    (np.array([1.0, 0]), ["not in Box"]), (None, ["reward", "not finite"])],
+    ids=["raises", "NaN", "outside", "shape", "reward"])
+def test_an_environment_that_fails_is_named(registered, refused, tmp_path, fault, words):
+    """One line with the environment, the step and what is wrong; the last checkpoint stays."""
+    name = registered(**(dict(reward=1e300) if fault is None else dict(fault=fault)))
+    with pytest.raises(train.UsageError) as error, warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of 1e300 as float32
+        train.main(["--game", name, "--logdir", str(tmp_path / "run"), *QUICK])
+    step = 1 if fault is None else 7
+    for word in [f"Tiny-v0 fails at step {step} of an episode", "the last checkpoint in", *words]:
+        assert word in str(error.value)
+    assert "\n" not in str(error.value)
+    assert train.load_checkpoint(tmp_path / "run" / "checkpoint.pt", "cpu")["step"] == 0
+
+
+@pytest.mark.parametrize("reward", [1e6, -1e6, 1e-9, np.float64(3), 2, True])
+def test_rewards_may_have_any_size_and_type(registered, tmp_path, reward):
+    """Nothing overflows, and the score is their sum."""
+    name = registered(reward=reward)
+    assert train.main(["--game", name, "--logdir", str(tmp_path / "run"), *QUICK]) == 0
+    found = json.loads((tmp_path / "run" / "evaluation.json").read_text())
+    assert found["returns"] == pytest.approx([10 * float(reward)] * 2)
+
+
+# Directories, streams, files.
+
+def test_a_first_save_that_was_cut_short_is_no_dead_end(registered, refused, tmp_path, monkeypatch):
+    """The very same command works again after a first save that was killed or met a full disk, with or without
+    --resume; and --resume where there is nothing yet starts a run. Files of others are never touched."""
+    for flags in ([], ["--resume"]):
+        command = ["--game", registered(), "--logdir", str(tmp_path / f"run {len(flags)}"), *QUICK, *flags]
+
+        def full(*_):
+            raise OSError(28, "No space left on device")
+
+        with monkeypatch.context() as patch:
+            patch.setattr(train.torch, "save", full)
+            with pytest.raises(train.UsageError, match="cannot be used: No space left"):
+                train.main(command)
+        directory = tmp_path / f"run {len(flags)}"
+        (directory / "replay-0" / "000000000-000000007.npz").write_text("half")
+        (directory / "metrics.jsonl").write_text("half")
+        assert not (directory / "checkpoint.pt").exists()
+        assert train.main(command) == 0
+        assert all("step" in json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines())
+        (directory / "checkpoint.pt").unlink()  # there is a result: more than such remains
+        assert "checkpoint.pt does not exist" if flags else "is no run" in refused("train.py", *command)
+    assert train.main(["--game", "Tiny-v0", "--resume", "--logdir", str(tmp_path / "new"), *QUICK]) == 0
+
+
+def test_a_second_process_in_a_directory_is_refused(registered, refused, tmp_path):
+    """By name, before it touches anything; the lock that a killed process leaves behind blocks nobody."""
+    pytest.importorskip("fcntl")
+    command = ["--game", registered(), "--logdir", str(tmp_path / "run"), *QUICK]
+    with train.alone_in(tmp_path / "run"):
+        assert "run is in use" in refused("train.py", *command)
+        assert "run is in use" in refused("train.py", *command, "--resume")
+    assert (tmp_path / "run" / "lock").exists() and train.main(command) == 0
+    with train.alone_in(tmp_path / "run"):
+        assert "run is in use" in refused("train.py", *command, "--resume")
+    assert train.main([*command, "--resume"]) == 0
+
+
+def test_a_terminal_that_has_gone_away_costs_no_score(tmp_path):
+    """With standard output and error closed at the other end a run trains to its end, writes its score and
+    exits with 0."""
+    read, write = os.pipe()
+    command = [sys.executable, "train.py", "--game", "CartPole-v1", "--logdir", str(tmp_path / "run"), *QUICK]
+    process = subprocess.Popen(command, cwd=HERE, stdout=write, stderr=write)
+    os.close(write)
+    os.close(read)
+    assert process.wait(timeout=120) == 0
+    assert len(json.loads((tmp_path / "run" / "evaluation.json").read_text())["returns"]) == 2
+
+
+def test_a_score_that_cannot_be_written_is_not_played_for(registered, tmp_path, monkeypatch):
+    """Whether the result can be written is found out before the evaluation, and said as such."""
+    command = ["--game", registered(), "--logdir", str(tmp_path / "it's a run"), *QUICK]
+    assert train.main(command) == 0
+    monkeypatch.setattr(train, "evaluation", lambda *_: pytest.fail("played"))
+    (tmp_path / "it's a run" / "writing.tmp").mkdir()
+    again = re.escape(f"""{tmp_path}/it'"'"'s a run' --resume""")
+    with pytest.raises(train.UsageError, match="cannot be written.*make room.*--logdir '" + again):
+        train.main([*command, "--resume"])
+
+
+def test_tensorboard_is_optional(tmp_path, monkeypatch, capsys):
+    """A missing one is not missed, a broken one is said in a line; a resumed run hides what a killed one wrote
+    beyond its checkpoint."""
+    boards = []
+
+    class Board:
+        def __init__(self, directory, purge_step):
+            boards.append(purge_step)
+
+        def add_scalar(self, name, value, step):
+            pass
+
+    def broken(*_, **__):
+        raise AttributeError("module 'numpy' has no attribute 'bool8'")
+
+    module = types.ModuleType("torch.utils.tensorboard")
+    for writer, says in ((None, ""), (broken, "no TensorBoard: AttributeError"), (Board, "")):
+        module.SummaryWriter = writer
+        monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", module if writer else None)
+        log = train.Log(tmp_path)
+        log.restore({"bytes": 0, "sums": {}}, 40)
+        log.write(41, {"a": 1.0})
+        error = capsys.readouterr().err
+        assert says in error and error.count("\n") == bool(says)
+    assert boards == [41]
+    assert (tmp_path / "metrics.jsonl").read_text() == '{"step": 41, "a": 1.0}\n'
+
+
+@pytest.mark.parametrize("damage, says", [
+    (lambda c: c | {"env": c["env"] | {"ale": {"numpy": c["env"]["ale"]["numpy"][:99]}}}, ""),
+    (lambda c: c | {"env": c["env"] | {"screen": {"numpy": torch.zeros(3, 3, 3, dtype=torch.uint8)}}}, ""),
+    (lambda c: c | {"env": c["env"] | {"frames": "few"}}, "ValueError"),
+    (lambda c: c | {"step": "5"}, "TypeError"), (lambda c: c | {"step": -1}, "ValueError, step -1"),
+    (lambda c: c | {"curve": [["a", "b"]]}, "TypeError"), (lambda c: c | {"curve": [[9, 1.0]]}, "curve"),
+    (lambda c: c | {"seconds": float("nan")}, "seconds"), (lambda c: c | {"updates": ["x", 1]}, "TypeError"),
+    (lambda c: c | {"score": None}, "TypeError"), (lambda c: c | {"memory": {"t": 3}}, "KeyError"),
+    (lambda c: c | {"now": {}}, "TypeError"), (lambda c: c | {"replay_totals": [1]}, "ValueError"),
+    (lambda c: c | {"log": {"bytes": "x", "sums": {0: 1}}}, "TypeError"),
+], ids=str)
+def test_a_checkpoint_edited_by_hand_is_one_clear_line(saved_run, refused, tmp_path, damage, says):
+    """Whatever stands in it: texts for numbers, parts of a state, times before the beginning."""
+    shutil.copytree(saved_run, tmp_path / "run")
+    path = tmp_path / "run" / "checkpoint.pt"
+    torch.save(damage(torch.load(path, weights_only=True)), path)
+    line = refused("train.py", "--resume", "--logdir", "run")
+    assert "run/checkpoint.pt is damaged or not a checkpoint" in line and says in line, line
+
+
+# The score.
+
+class Chooser:
+    """An agent that notes what it is told, and chooses as `choose` says."""
+
+    def __init__(self, choose=lambda observation: np.zeros(len(observation), int)):
+        self.choose, self.told = choose, []
+
+    def initial_memory(self, n):
+        return 0
+
+    def discretise(self):
+        return []
+
+    def act(self, memory, observation, reward, is_first, is_last, is_terminal, discretised):
+        self.told.append([observation[:, 0].copy(), np.array(reward), is_first.copy(), is_last.copy(),
+                          is_terminal.copy()])
+        return memory + 1, [{"action": F.one_hot(torch.as_tensor(self.choose(observation)), 3)}]
+
+
+class Lengths(gymnasium.Env):
+    """The k-th episode of the i-th environment has LENGTHS[i, k] steps of reward 1; every second is cut off, not
+    ended. The observation is the step in the episode."""
+
+    LENGTHS, made = np.random.default_rng(0).integers(1, 9, (2, 99)), []
+    observation_space, action_space = gymnasium.spaces.Box(0, 99, (1,), np.float32), gymnasium.spaces.Discrete(3)
+
+    def __init__(self):
+        self.lengths, self.episode = self.LENGTHS[len(self.made)], -1
+        self.made.append(self)
+
+    def reset(self, *, seed=None, options=None):
+        self.t, self.episode = 0, self.episode + 1
+        return np.float32([0]), {}
+
+    def step(self, action):
+        self.t += 1
+        last, cut = self.t == self.lengths[self.episode], self.episode % 2 == 1
+        return np.float32([self.t]), 1.0, last and not cut, last and cut, {}
+
+
+def test_scores_of_several_unequal_episodes(monkeypatch):
+    """Two environments of 17 episodes each, of unequal lengths: scores do not run on, unfinished and surplus
+    episodes do not count, and the agent is told of each start, each end and each reward."""
+    monkeypatch.setattr(Lengths, "made", [])
+    agent = Chooser()
+    returns = train.play(agent, Lengths, 34, progress=False)
+    assert returns == Lengths.LENGTHS[:, :17].flatten().tolist()
+    step, reward, first, last, terminal = map(np.array, zip(*agent.told))
+    assert (first == (step == 0)).all() and (reward == (step > 0)).all()
+    for i in range(2):
+        ends = np.flatnonzero(last[:, i])
+        assert len(ends) >= 16 and (np.diff(ends) == Lengths.LENGTHS[i, 1:len(ends)] + 1).all()
+        assert (terminal[ends, i] == (np.arange(len(ends)) % 2 == 0)).all() and not terminal[~last].any()
+
+
 def test_every_environment_plays_its_share():
-    """Episodes are shared out evenly, so that short ones are not favoured; returns are exact."""
-    agent = small(1, (16,), 3)
+    """Episodes are shared out evenly, so that short ones are not favoured; each environment has its own random
+    numbers, and the same seed gives the same scores; without an agent the actions are random."""
+    agent, actions = small(1, (16,), 3), []
     returns = train.play(agent, Catch, 12, progress=False)
-    assert len(returns) == 12 and set(returns) <= {0.0, 1.0, 2.0, 3.0}
+    assert len(returns) == 12 and set(returns) <= {0.0, 1.0, 2.0, 3.0} and len(set(returns)) > 1
+
+    class Noting(Catch):
+        def step(self, action):
+            actions.append(int(action))
+            return super().step(action)
+
+    found = [train.play(None, Noting, 48, seed=seed, progress=False) for seed in (0, 0, 1)]
+    assert found[0] == found[1] != found[2] and np.mean(found) < 1.2
+    assert (np.bincount(actions) > 0.3 * len(actions)).all()
+    scores = [train.play(Chooser(lambda o: np.argmax(o[:, :5], 1).clip(0, 2)), Catch, 32, progress=False),
+              train.play(Chooser(perfect), Catch, 32, progress=False)]
+    assert scores[1] == [3.0] * 32 and np.mean(scores[0]) < 3  # the actions are those that the agent chose
+
+
+def perfect(observation):
+    """Perfect play of Catch."""
+    return 1 + np.sign(observation[:, :5].argmax(1) - observation[:, 5:10].argmax(1))
 
 
 @pytest.mark.parametrize("levels, steps, seed", [(1, 3700, 0), (2, 4200, 0)])
@@ -1878,36 +2382,77 @@ def test_it_learns(levels, steps, seed, tmp_path):
 # evaluate.py
 # ------------------------------------------------------------------------------------------------------------
 
+def script(name):
+    """A script of results/ as a module."""
+    spec = importlib.util.spec_from_file_location(name, HERE / "results" / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
 def untrained_run(directory, game="breakout", levels=2, seed=0):
     """The directory of a run that was saved before its first step."""
     config = train.make_config({"preset": "debug", "game": game, "levels": levels, "seed": seed,
                                 "device": "cpu", "logdir": str(directory)})
-    run = train.Run(config, train.Atari(game))
+    run = train.Run(config, train.make_env(game))
     run.save()
     return run
 
 
-def write_result(path, **changes):
-    """A result file as train.result makes it, with changes."""
-    entry = {"game": "pong", "preset": "paper", "levels": 3, "seed": 0, "agent_steps": 100_000,
-             "returns": [1.0, 3.0], "curve": [[1000 * i, i - 21.0] for i in range(1, 30)]} | changes
+def write_result(path, given={}, **changes):
+    """A result file as train.result makes it, of a run with the `given` settings, its entries changed; those
+    that are None are left out."""
+    config = dataclasses.asdict(train.Config()) | {"preset": "paper", "device": "cpu"} | given
+    entry = {name: config[name] for name in ("game", "preset", "levels", "seed")} | {
+        "agent_steps": 100_000, "returns": [1.0, 3.0], "curve": [[1000 * i, i - 21.0] for i in range(1, 30)],
+        "config": config, "commit": "abc1234", "dirty": False, "trained_by": ["abc1234"]} | changes
     path.write_text(json.dumps({name: value for name, value in entry.items() if value is not None}))
     return str(path)
 
 
+def groups(*files):
+    """The titles of the groups that `--table` makes of result files."""
+    return list(evaluate.load_results(files))
+
+
 def test_evaluation_of_a_run(tmp_path, capsys):
-    """A saved run is loaded, plays as many episodes as asked, and its score stands in RUN/evaluation.json;
-    with --json - the standard output is that JSON and nothing else. The same seed gives the same score."""
+    """A saved run plays as many episodes as asked; its score goes to a file named after what was played, and
+    what training wrote stays as it is; with --json - the standard output is that JSON and nothing else. The
+    same seed gives the same score, another one another. The checkpoint itself may be named."""
     untrained_run(tmp_path)
+    (tmp_path / "evaluation.json").write_text("written by training")
     assert evaluate.main([str(tmp_path), "--episodes", "1", "--seed", "1"]) == 0
-    assert "breakout after 0 steps: score" in capsys.readouterr().out
-    summary = json.loads((tmp_path / "evaluation.json").read_text())
+    path, printed = tmp_path / "evaluation-step0-seed1-1.json", capsys.readouterr().out
+    assert "breakout after 0 steps: score" in printed and f"written to {path}" in printed
+    summary = json.loads(path.read_text())
     assert len(summary["returns"]) == 1 and summary["mean"] == np.mean(summary["returns"])
-    assert summary["levels"] == 2
-    (tmp_path / "evaluation.json").unlink()
-    evaluate.main([str(tmp_path), "--episodes", "1", "--seed", "1", "--json", "-"])
+    assert summary["config"]["levels"] == summary["levels"] == 2 and summary["evaluation_seed"] == 1
+    path.unlink()
+    evaluate.main([str(tmp_path / "checkpoint.pt"), "--episodes", "1", "--seed", "1", "--json", "-"])
     assert json.loads(capsys.readouterr().out)["returns"] == summary["returns"]
-    assert not (tmp_path / "evaluation.json").exists()
+    assert not path.exists() and (tmp_path / "evaluation.json").read_text() == "written by training"
+
+
+def test_a_score_is_written_before_it_is_printed_and_its_file_tried_before_it_is_played(
+        tmp_path, monkeypatch, capsys):
+    """A score survives a standard output that has gone away; a place where nothing can be written is named
+    before the first episode."""
+    untrained_run(tmp_path)
+    played = []
+    monkeypatch.setattr(evaluate, "evaluation", lambda config, agent, past, episodes, seed: (
+        played.append(episodes) or train.result(config, [1.0] * episodes, seed, **past)))
+    monkeypatch.setattr("builtins.print", lambda *args: (_ for _ in ()).throw(BrokenPipeError(32, "gone")))
+    with pytest.raises(train.UsageError, match="gone"):
+        evaluate.main([str(tmp_path), "--episodes", "3"])
+    assert json.loads((tmp_path / "evaluation-step0-seed0-3.json").read_text())["mean"] == 1.0
+    monkeypatch.undo()
+    monkeypatch.setattr(evaluate, "evaluation", lambda *args: pytest.fail("played for nothing"))
+    for place in ("/proc/a.json", str(tmp_path / "nowhere" / "a.json")):
+        with pytest.raises(train.UsageError, match="a.json cannot be written"):
+            evaluate.main([str(tmp_path), "--json", place])
+    (tmp_path / "evaluation-step0-seed0-100.json").mkdir()
+    with pytest.raises(train.UsageError, match="it is a directory"):
+        evaluate.main([str(tmp_path)])
 
 
 def test_evaluation_loads_the_trained_weights(tmp_path):
@@ -1922,12 +2467,90 @@ def test_evaluation_loads_the_trained_weights(tmp_path):
         assert torch.equal(value, run.agent.state_dict()[name]), name
 
 
+def test_the_modules_work_without_results(tmp_path):
+    """The .py files alone are enough: evaluate.py is imported, gives help and a table, and says in the table
+    why no published methods stand there."""
+    for path in HERE.glob("*.py"):
+        shutil.copy(path, tmp_path)
+    write_result(tmp_path / "a.json")
+    command = [sys.executable, "evaluate.py"]
+    for flags, says in ((["--help"], "usage"), (["--table", "a.json"], "without results/published.csv")):
+        done = subprocess.run(command + flags, cwd=tmp_path, capture_output=True, text=True)
+        assert done.returncode == 0 and says in done.stdout and not done.stderr, done.stderr
+
+
+class Echo(gymnasium.Env):
+    """Shows [last action one-hot, step of the episode]; an episode has `length` steps. Drawn, it is of one
+    colour, which is its step."""
+    observation_space = gymnasium.spaces.Box(-1, 99, (4,), np.float32)
+    action_space = gymnasium.spaces.Discrete(3)
+    metadata = {"render_modes": ["rgb_array"]}
+
+    def __init__(self, length=6, render_mode=None):
+        self.length, self.render_mode = length, render_mode
+
+    def reset(self, seed=None, options=None):
+        super().reset(seed=seed)
+        self.t = 0
+        return np.zeros(4, np.float32), {}
+
+    def step(self, action):
+        self.t += 1
+        return np.append(np.eye(3)[action], self.t).astype(np.float32), 1.0, self.t == self.length, False, {}
+
+    def render(self):
+        return np.full((40, 80, 3), self.t, np.uint8)
+
+
+class Undrawn(Echo):
+    """Has nothing to show."""
+    metadata = {"render_modes": []}
+
+
+class Undrawable(Echo):
+    """Cannot be drawn since a library is missing."""
+
+    def render(self):
+        raise gymnasium.error.DependencyNotInstalled("pygame is not installed")
+
+
+@pytest.fixture
+def own_games(monkeypatch):
+    """Three environments that observe numbers, known to Gymnasium."""
+    monkeypatch.setattr(gymnasium.envs.registration, "registry", dict(gymnasium.registry))
+    monkeypatch.setattr(gymnasium, "registry", gymnasium.envs.registration.registry)
+    for kind in (Echo, Undrawn, Undrawable):
+        gymnasium.register(f"{kind.__name__}-v0", kind)
+
+
+def test_own_games_are_evaluated_and_filmed(own_games, tmp_path, monkeypatch, capsys):
+    """An environment that observes numbers gets a score beside that of random play, measured in the same
+    evaluation, also in the table; its film shows its own frames, and where it has none, one line says why."""
+    pytest.importorskip("PIL")
+    frames, drawn = [], evaluate.draw_frame
+    monkeypatch.setattr(evaluate, "draw_frame", lambda *args: frames.append(args[1]) or drawn(*args))
+    untrained_run(tmp_path / "run", "Echo-v0")
+    evaluate.main([str(tmp_path / "run"), "--video", str(tmp_path / "a.gif"), "--episodes", "2"])
+    assert "Echo-v0 after 0 steps: score 6.0" in capsys.readouterr().out
+    assert [panels[0][0].shape for panels in frames[:8]] == 8 * [(40, 80, 3)] and len(frames) == 300
+    assert [panels[0][0][0, 0, 0] for panels in frames[:9]] == [0, 1, 2, 3, 4, 5, 6, 0, 1]
+    evaluate.main(["--table", str(tmp_path / "run" / "evaluation-step0-seed0-2.json")])
+    assert "Echo-v0 is not of Atari 100k and in no aggregate; random play, measured here: 6.0" in (
+        capsys.readouterr().out)
+    monkeypatch.setattr(evaluate, "evaluation", lambda *args: pytest.fail("played before it was known"))
+    for game, says in (("Undrawn-v0", "no render_mode rgb_array"),
+                       ("Undrawable-v0", "pygame is not installed")):
+        untrained_run(tmp_path / game, game)
+        with pytest.raises(train.UsageError, match=f"no film: .*{says}"):
+            evaluate.main([str(tmp_path / game), "--video", str(tmp_path / "b.gif"), "--episodes", "2"])
+
+
 @pytest.fixture(scope="module")
 def saved_run(tmp_path_factory):
     """The directory of a run that has just begun, to be copied."""
     directory = tmp_path_factory.mktemp("saved") / "run"
     run = untrained_run(directory)
-    run.act()  # one step for every replay
+    run.remember(run.act())  # one step for every replay
     run.save()
     return directory
 
@@ -2000,22 +2623,21 @@ def test_a_resumed_run_keeps_its_settings(saved_run, refused, tmp_path, flags):
 
 
 @pytest.mark.parametrize("command, says", [
-    ("", "name one directory"), ("run run", "name one directory"), ("--s5 a.png", "name one directory"),
+    ("", "name one directory"), ("run run", "name one directory"), ("--episodes 3", "name one directory"),
     ("nowhere", "nowhere/checkpoint.pt does not exist"), ("a.json", "a.json/checkpoint.pt is damaged"),
-    ("empty", "empty/checkpoint.pt does not exist"), ("empty --s5 a.png", "does not exist"),
+    ("empty", "empty/checkpoint.pt does not exist"),
+    ("empty/checkpoint.pt", "empty/checkpoint.pt does not exist"),
     ("run --vidoe film.gif", "did you mean --video"), ("run --video film.mp4", "must end in .gif"),
     ("run --json run/checkpoint.pt", "must end in .json"), ("run --json run.json", "it is a directory"),
-    ("run --strip nowhere/strip.png", "no directory nowhere"),
-    ("run --json nowhere/a.json", "no directory nowhere"),
+    ("run --video nowhere/a.gif", "nowhere/a.gif cannot be written: No such file"),
+    ("run --json nowhere/a.json", "nowhere/a.json cannot be written: No such file"),
     ("run --episodes 0", "at least 1"), ("run --episodes many", "invalid int"),
     ("run --seed -1", "--seed -1"), ("run --device cuda:99", "--device cuda:99"),
-    ("run --etbs a.png", "needs no run"), ("run --subgoals s.json --json -", "by another command"),
-    ("run --video a.gif --json -", "by another command"),
+    ("run --strip a.png", "unknown flag --strip"), ("run --video a.gif --json -", "by another command"),
     ("--table", "needs result files"), ("--table a.json --video film.gif", "use two commands"),
-    ("--curves a.png a.json --episodes 3", "use two commands"),
-    ("--bars a.png a.json --episodes 3", "use two commands"),
+    ("--table a.json --episodes 3", "use two commands"),
     ("--table a.json nowhere.json", "nowhere.json cannot be read"), ("--table run", "run cannot be read"),
-    ("--table a.json a.json", "are the same run"), ("--curves a.png run/checkpoint.pt", "is not a result"),
+    ("--table a.json a.json", "are the same run"), ("--table run/checkpoint.pt", "is not a result"),
 ])
 def test_a_wrong_command_is_one_clear_line(saved_run, refused, tmp_path, command, says):
     """A command that cannot succeed says why, before anything is played."""
@@ -2029,7 +2651,9 @@ def test_a_wrong_command_is_one_clear_line(saved_run, refused, tmp_path, command
 @pytest.mark.parametrize("content", [
     "", "[" * 100_000, "3", "[]", "NaN", "{}", b"\xff\xfe", {"returns": []}, {"returns": [1.0, float("nan")]},
     {"returns": ["high"]}, {"returns": 3}, {"returns": [[1.0]]}, {"returns": [10 ** 400]}, {"game": None},
-    {"seed": "0"}, {"curve": [[1, 2, 3]]}, {"curve": {}}], ids=lambda content: str(content)[:20])
+    {"seed": "0"}, {"curve": [[1, 2, 3]]}, {"curve": {}}, {"config": 3}, {"config": {}}, {"config": None},
+    {"trained_by": 3}],
+    ids=lambda content: str(content)[:20])
 def test_a_malformed_result_is_one_clear_line(refused, tmp_path, content):
     """A file that is no JSON, without finite returns or with missing or wrong entries is refused by name."""
     path = tmp_path / "a.json"
@@ -2037,13 +2661,11 @@ def test_a_malformed_result_is_one_clear_line(refused, tmp_path, content):
         write_result(path, **content)
     else:
         path.write_bytes(content if isinstance(content, bytes) else content.encode())
-    for output in (["--table"], ["--curves", "a.png"]):
-        assert "a.json is not a result" in refused("evaluate.py", *output, path)
+    assert "a.json is not a result" in refused("evaluate.py", "--table", path)
 
 
 def test_help_names_every_flag_and_valid_examples(capsys):
     """--help of both programs exits 0, knows every setting, and each example that it gives can be parsed."""
-    pytest.importorskip("matplotlib")
     for program, parse in ((train, train.parse_config), (evaluate, evaluate.parse)):
         with pytest.raises(SystemExit) as end:
             parse(["--help"])
@@ -2056,14 +2678,15 @@ def test_help_names_every_flag_and_valid_examples(capsys):
             parse(flags)
         if program is train:
             assert all(f"--{field.name} " in text for field in dataclasses.fields(train.Config))
-            assert "(paper 16, cpu 8, debug 4)" in " ".join(text.split())
+            assert re.search(r"\(paper 16, cpu 8, .*debug 4\)", " ".join(text.split()))
 
 
-def test_matplotlib_is_optional(tmp_path, monkeypatch, capsys):
-    """Without matplotlib scores and tables work as ever, and a picture says in one line what to install."""
-    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    with pytest.raises(train.UsageError, match="pip install matplotlib"):
-        evaluate.main(["--etbs", str(tmp_path / "a.png")])
+def test_matplotlib_and_pillow_are_optional(tmp_path, monkeypatch, capsys, saved_run):
+    """Without them scores and tables work as ever, and a film says in one line what is missing."""
+    for name in ("PIL", "matplotlib", "matplotlib.figure"):
+        monkeypatch.setitem(sys.modules, name, None)
+    with pytest.raises(train.UsageError, match="pip install pillow"):
+        evaluate.main([str(saved_run), "--video", str(tmp_path / "a.gif")])
     assert evaluate.main(["--table", write_result(tmp_path / "a.json")]) == 0
 
 
@@ -2087,7 +2710,7 @@ def test_subgoals_are_decoded_level_by_level():
         above.world_model.decode = lambda z, h, stacked=stacked: stacked
     expected = evaluate.image_bytes(agent.levels[0].world_model.decode(*states[0])[0])
     with torch.no_grad():
-        assert np.array_equal(evaluate.pixels(agent, 2, *states[2]), expected)
+        assert np.array_equal(evaluate.state_image(agent, 2, *states[2]), expected)
     assert expected.shape == (64, 64, 3) and expected.dtype == np.uint8
     every = torch.arange(256).expand(3, 64, 256).unfold(-1, 64, 64).movedim(2, 0)  # all bytes come back
     assert np.array_equal(evaluate.image_bytes(every / 255), every.movedim(1, -1))
@@ -2097,7 +2720,7 @@ def record_film(monkeypatch, agent, env, **arguments):
     """The panels' images of a film: [[image of each panel] of each step]."""
     frames = []
     monkeypatch.setattr(evaluate, "draw_frame",
-                        lambda title, panels, bars: frames.append([p for p, _ in panels]))
+                        lambda title, panels: frames.append([image for image, _ in panels]))
     monkeypatch.setattr(evaluate, "save_film", lambda path, frames: None)
     with torch.inference_mode():
         evaluate.film(agent, env, "pong", 0, "film.gif", **arguments)
@@ -2154,101 +2777,7 @@ def test_film_file(tmp_path, capsys):
     rng = np.random.default_rng(0)
     noise = [Image.fromarray(rng.integers(0, 256, (64, 64, 3), np.uint8)) for _ in range(30)]
     evaluate.save_film(path, noise, limit=60_000)
-    assert 10_000 < path.stat().st_size < 60_000 and "cut from 30" in capsys.readouterr().out
-
-
-def test_dream_film_runs_without_the_game(tmp_path, monkeypatch):
-    """In --dream the game is played for the context only, then all levels play on in the world model alone,
-    and the film ends where the model believes that the episode is over."""
-    pytest.importorskip("matplotlib")
-    steps, films = [], []
-
-    class Counted(train.Atari):
-        def step(self, action):
-            steps.append(action)
-            return super().step(action)
-
-    monkeypatch.setattr(evaluate, "save_film", lambda path, frames: films.append(frames))
-    torch.manual_seed(0)
-    agent, ticked = small(2, (64, 64, 3), 6), []
-    act = agent.act
-    agent.act = lambda *args, **now: (ticked.append(now), act(*args, **now))[1]
-    with torch.inference_mode():
-        evaluate.dream_film(agent, Counted("pong"), "pong", 0, tmp_path / "a.gif", context=8, steps=12)
-        assert len(steps) == 8 and len(films[0]) == len(ticked) == 8 + 11
-        agent.levels[0].world_model.outcome[-1].bias.data[-1] = -9.0  # the continue logit
-        evaluate.dream_film(agent, train.Atari("pong"), "pong", 0, tmp_path / "a.gif", context=8, steps=12)
-        assert len(films[1]) == 8 + 1
-
-
-class Echo(gymnasium.Env):
-    """Shows [last action one-hot, step of the episode]; an episode has `length` steps."""
-    observation_space = gymnasium.spaces.Box(-1, 99, (4,), np.float32)
-    action_space = gymnasium.spaces.Discrete(3)
-
-    def __init__(self, length):
-        self.length = length
-
-    def reset(self, seed=None, options=None):
-        self.t = 0
-        return np.zeros(4, np.float32), {}
-
-    def step(self, action):
-        self.t += 1
-        return np.append(np.eye(3)[action], self.t).astype(np.float32), 0.0, self.t == self.length, False, {}
-
-
-def test_subgoals_are_judged_where_their_time_is_up(monkeypatch):
-    """A goal counts from the tick that sets it until the next is set or the episode ends; what a level does
-    under another goal is compared in the same states."""
-    torch.manual_seed(0)
-    agent, compared = small(levels=2), []
-    level, step = agent.levels[0], agent.levels[0].world_model.step
-    level.world_model.step = lambda x, z, a, o: step(x, z, a, o)._replace(h=o[:, 3:].repeat(1, 64))  # h: time
-    level.autoencoder.encode = lambda h: F.one_hot(h[:, :8].long(), 8).float()
-    level.autoencoder.decode = lambda code: code
-    monkeypatch.setattr(evaluate, "cosine_max",
-                        lambda goal, h: compared.append((goal, h[:, 0].tolist())) or torch.ones(len(h)))
-    with torch.inference_mode():
-        study, = evaluate.subgoal_study(agent, Echo(6), 0, steps=5 * 7)  # an episode: ticks at 0, 4 and 6
-        assert study == {"level": 0, "goals": 10, "reached": 1, "before": 1, "shuffled": 1, "possible": 1,
-                         "obeyed": 0}
-        (goal, end), (same, start), (other, _), (best, last) = compared
-        assert end == last == 5 * [4, 6] and start == 5 * [0, 4]
-        assert best.unflatten(-1, (8, 8)).argmax(-1)[:, 0].tolist() == last
-        assert torch.equal(goal, same) and torch.equal(goal.roll(5, 0), other)
-        torch.nn.init.normal_(level.actor.net[-1].weight)  # from now on what it does depends on everything
-        assert evaluate.subgoal_study(agent, Echo(6), 0, steps=35)[0]["obeyed"] > 0.1
-
-
-def test_open_loop_sequences_stay_inside_an_episode():
-    """A sequence for the open-loop error is consecutive steps of one episode, each with the action chosen
-    after it; episodes that are too short are one clear line."""
-    torch.manual_seed(0)
-    agent = small(levels=2)
-    o, a, first = evaluate.fresh_sequences(agent, Echo(17), 0, count=6, length=8)
-    assert o.shape == (6, 8, 4) and a.shape == (6, 8, 3) and first.shape == (6, 8)
-    assert torch.equal(o[:, 1:, 3], o[:, :-1, 3] + 1) and not first[:, 1:].any() and first[:, 0].any()
-    assert torch.equal(o[:, 1:, :3], a[:, :-1])
-    with pytest.raises(train.UsageError, match="too short"):
-        evaluate.fresh_sequences(agent, Echo(6), 0, count=2, length=8)
-
-
-def test_open_loop_error_against_its_baselines():
-    """The error at horizon n is that of the n-th step after the context; a still game is foreseen perfectly
-    by its last frame, and the mean frame's error is the variance of the frames."""
-    torch.manual_seed(0)
-    T = evaluate.CONTEXT + evaluate.HORIZON
-    truth = torch.rand(3, 1, 3, 64, 64).repeat(1, T, 1, 1, 1)
-    dreamed = truth.clone()
-    dreamed[:, evaluate.CONTEXT + 9] += 0.5  # the tenth step is wrong
-    errors = evaluate.open_loop_error(truth, dreamed)
-    assert np.flatnonzero(errors["dream"]).tolist() == [9] and np.isclose(errors["dream"][9], 0.25)
-    assert not errors["last frame, repeated"].any()
-    assert np.allclose(errors["mean frame"], truth[:, 0].var(0, unbiased=False).mean(), atol=1e-6)
-    truth[:, evaluate.CONTEXT - 1] = 0  # the last frame seen
-    errors = evaluate.open_loop_error(truth, dreamed)
-    assert np.allclose(errors["last frame, repeated"], truth[:, -1].square().mean())
+    assert 10_000 < path.stat().st_size < 60_000 and "of 30 steps" in capsys.readouterr().out.splitlines()[-1]
 
 
 @pytest.mark.parametrize("method, mean, median", [
@@ -2256,7 +2785,7 @@ def test_open_loop_error_against_its_baselines():
     ("DIAMOND", 1.459, 0.373), ("BBF", 2.247, 0.917)])
 def test_aggregates_agree_with_published_ones(method, mean, median):
     """Fed with the published scores of the 26 games, mean and median come out as published."""
-    scores = evaluate.human_normalised({})[method + "*"]
+    scores = evaluate.human_normalised(evaluate.read_published()[method])
     assert scores.keys() == train.REFERENCE.keys()
     assert np.allclose(evaluate.aggregate(list(scores.values()))[:2], (mean, median), atol=6e-4)
 
@@ -2285,52 +2814,239 @@ def test_bootstrap_is_stratified():
 
 
 def test_table_says_what_it_knows(tmp_path, capsys):
-    """The table keeps different configurations apart, marks published figures, aggregates over the games that
-    are there and says so, gives no interval to single runs, and keeps games without a human score out."""
-    files = [write_result(tmp_path / "a.json"), write_result(tmp_path / "b.json", levels=1),
-             write_result(tmp_path / "c.json", game="frostbite", returns=[2000]),
-             write_result(tmp_path / "d.json", game="tennis")]
+    """The table marks published figures, aggregates over the games that are there and says so, gives no
+    interval to single runs, and keeps games without a human score out. As JSON it says the same."""
+    files = [write_result(tmp_path / "a.json"), write_result(tmp_path / "b.json", {"levels": 1}),
+             write_result(tmp_path / "c.json", {"game": "frostbite"}, returns=[2000], commit="def5678",
+                          trained_by=None),
+             write_result(tmp_path / "d.json", {"game": "tennis"})]
     evaluate.main(["--table", *files])
     flat, full = capsys.readouterr().out.split("### ")[1:]
-    assert flat.startswith("preset paper, levels 1, 100,000 agent steps") and "frostbite" not in flat
-    assert "only 2 of the 26 games; intervals need more than one run" in full and "95%" not in full
-    assert "in no aggregate: tennis" in full and " 2901.0 |" in full
-    assert all(name + "*" in full for name in ("random", "human", *evaluate.PUBLISHED))
+    assert flat.startswith("preset paper, levels 1, 100,000 agent steps\n") and "frostbite" not in flat
+    assert "Commits: abc1234.\n" in flat and "Commits: abc1234, def5678.\n" in full
+    assert "over 2 of the 26 games; intervals need several runs" in full and "95%" not in full
+    assert "tennis is not of Atari 100k and in no aggregate" in full and " 2901.0 |" in full
+    assert all(name + "*" in full for name in ("random", "human", *evaluate.read_published()))
     assert f"{(2 + 20.7) / (14.6 + 20.7):.3f}" in full
-    evaluate.main(["--table", *files, write_result(tmp_path / "e.json", seed=1, returns=[8]), "--json", "-"])
+    evaluate.main(["--table", *files, write_result(tmp_path / "e.json", {"seed": 1}, returns=[8]),
+                   "--json", "-"])
     flat, full = json.loads(capsys.readouterr().out)
-    assert full["scores"]["pong"] == [2.0, 8.0]
-    assert flat["scores"] == {"pong": [2.0]} and flat["interval"] is None
+    assert full["games"]["pong"]["scores"] == [2.0, 8.0] and full["commits"] == ["abc1234", "def5678"]
+    assert flat["games"]["pong"]["scores"] == [2.0] and flat["interval"] is None
     expected = ((5 + 20.7) / 35.3 + (2000 - 65.2) / (4334.7 - 65.2)) / 2
     assert np.isclose(full["aggregates"]["here"]["mean"], expected)
     low, high = full["interval"]["mean"]
     assert low < expected < high
     assert np.isclose(full["aggregates"]["IRIS*"]["mean"], (1 + (259.12 - 65.2) / (4334.7 - 65.2)) / 2)
     assert "Hieros*" not in full["aggregates"]  # of Pong its score is not known
-    other = write_result(tmp_path / "f.json", seed=1, settings={"tau": 0.0})  # not only another seed
-    evaluate.main(["--table", files[0], other])
-    assert "### preset paper, levels 3, tau 0.0, 100,000 agent steps" in capsys.readouterr().out
-    config = train.make_config({"preset": "debug", "device": "cpu", "seed": 3, "tau": 0.0, "save_every": 7})
-    assert train.result(config, 0, 0.0, [], [1.0])["settings"] == {"tau": 0.0}
 
 
-def test_bars_stand_beside_published_ones(tmp_path, monkeypatch):
-    """--bars shows each game's human-normalised score of each of our groups, then those published for the
-    game; aggregates only over games that all groups have; a whisker only where a game has several runs."""
+def test_errors_of_episodes_and_spread_of_seeds_are_two_columns(tmp_path, capsys):
+    """The standard deviation of the runs' scores and the standard error of one run's score over its episodes,
+    mean over runs, stand in columns of their own; neither is made up where one number is all there is."""
+    def columns(*files):
+        evaluate.main(["--table", *files])
+        lines = [line.split("|") for line in capsys.readouterr().out.splitlines() if "|" in line]
+        cells = dict(zip(map(str.strip, lines[0]), map(str.strip, lines[2])))
+        return cells["runs"], cells["score"], cells["seeds' s.d."], cells["episodes' s.e."]
+
+    returns = [[0.0, 8.0], [10.0, 20.0]]  # means 4 and 15; deviations 32 ** 0.5, 50 ** 0.5 of two episodes
+    files = [write_result(tmp_path / f"{i}.json", {"seed": i}, returns=r) for i, r in enumerate(returns)]
+    assert columns(*files) == ("2", "9.5", f"{11 / 2 ** 0.5:.1f}", "4.5")
+    assert columns(files[0]) == ("1", "4.0", "-", "4.0")
+    assert columns(write_result(tmp_path / "2.json", returns=[7.0])) == ("1", "7.0", "-", "-")
+
+
+def test_only_seeds_are_averaged(tmp_path):
+    """Two runs share a group if nothing that touches learning differs but the seed: every other setting keeps
+    them apart, and its value is in the title, where it is not the preset's; so do agent steps, the code that
+    was changed, and what a file says of such changes."""
+    first, second = tmp_path / "a.json", tmp_path / "b.json"
+    write_result(first)
+    same = {"seed": 1, "logdir": "runs/b", "log_every": 7, "save_every": 7, "eval_episodes": 7, "steps": 7}
+    assert groups(first, write_result(second, same)) == ["preset paper, levels 3, 100,000 agent steps"]
+    for field in dataclasses.fields(train.Config):
+        if field.name in same or field.name in ("game", "device", "precision"):
+            continue
+        usual = getattr(train.Config(), field.name)
+        value = "cpu" if field.name == "preset" else usual + 1 if field.type in (int, float) else not usual
+        titles = groups(first, write_result(second, {field.name: value, "seed": 1}))
+        assert len(titles) == 2 and any(f"{field.name} {value}" in title for title in titles), titles
+    for changes in ({"dirty": True}, {"trained_by": ["abc1234", "def5678+"]}, {"agent_steps": 50_000},
+                    {"change": "the goal is hidden"}):
+        assert len(groups(first, write_result(second, {"seed": 1}, **changes))) == 2, changes
+    changed = [write_result(tmp_path / f"{commit}.json", {"seed": i}, dirty=True, trained_by=[commit])
+               for i, commit in enumerate(("abc1234", "def5678"))]
+    assert len(groups(*changed)) == 2  # how, nobody knows
+
+
+def test_settings_that_a_file_lacks_keep_it_apart_unless_they_were_neutral(tmp_path):
+    """A setting that came after a run is unknown, which is not the same as any value; one that was removed
+    since does not separate at the value at which it did nothing, and does at any other. On a CPU tf32 is
+    float32."""
+    first, second = tmp_path / "a.json", tmp_path / "b.json"
+    write_result(first)
+
+    def together(second_config, **changes):
+        write_result(second, second_config | {"seed": 1}, **changes)
+        return len(groups(first, second)) == 1
+
+    old = {"observation_variance": 0.0, "sequence": "s5", "compile": False, "precision": "float32"}
+    assert together(old) and together({})
+    for name, value in (("observation_variance", 60.0), ("sequence", "gru"), ("compile", True),
+                        ("precision", "bf16"), ("made_up", 1)):
+        assert not together(old | {name: value})
+    write_result(second, {"seed": 1})
+    content = json.loads(second.read_text())
+    del content["config"]["tau"]
+    second.write_text(json.dumps(content))
+    assert groups(first, second)[1].endswith("100,000 agent steps, tau unknown")
+    gpu = [write_result(tmp_path / f"{name}.json", {"device": "cuda", "precision": name, "seed": seed})
+           for seed, name in enumerate(("tf32", "float32"))]
+    assert len(groups(*gpu)) == 2
+
+
+def test_kept_results_have_certain_origins():
+    """Each result in results/cpu holds its commit and all of its settings, and runs that were trained by
+    unlike code or settings are in different groups, as of Boxing with other scales of the pixels, and of
+    Kung-Fu Master with the goal hidden."""
+    files = [path for path in (HERE / "results" / "cpu").glob("*.json") if "subgoals" not in path.name]
+    found = evaluate.load_results(files)
+    assert len(files) >= 41 and not any("unknown" in group for group in found)
+    group_of = {path.stem: group for group, games in found.items() for runs in games.values()
+                for path in (run["path"] for run in runs)}
+    boxing = {group_of[f"boxing-levels3-{name}"]
+              for name in ("seed1", "deviation-febc4ec", "deviation-14b22b9")}
+    assert len(boxing) == 3 and group_of["boxing-levels3-seed0"] == group_of["boxing-levels3-seed1"]
+    hidden = {group_of[f"kung_fu_master-levels3-{name}"]
+              for name in ("nogoal-seed1", "hidden1", "seed1-25000")}
+    assert len(hidden) == 3 and group_of["krull-levels1-seed0"] != group_of["krull-levels1-gru"]
+    assert group_of["crazy_climber-levels3-seed0"] != group_of["crazy_climber-levels3-seed0-93ce823"]
+
+
+def test_the_same_run_twice_is_refused(tmp_path):
+    """A run given twice would count twice: the message has both file names. Another seed is another run."""
+    a, b = write_result(tmp_path / "a.json"), write_result(tmp_path / "b.json", returns=[0])
+    with pytest.raises(train.UsageError, match="b.json and .*a.json are the same run: pong, seed 0"):
+        evaluate.main(["--table", a, b])
+    assert evaluate.main(["--table", a, write_result(tmp_path / "b.json", {"seed": 1})]) == 0
+
+
+# The scripts of results/, one cheap test each.
+
+def test_subgoals_are_judged_where_their_time_is_up(monkeypatch):
+    """results/subgoals.py: a goal counts from the tick that sets it until the next is set or the episode
+    ends; what a level does under another goal is compared in the same states."""
+    torch.manual_seed(0)
+    subgoals, agent, compared = script("subgoals"), small(levels=2), []
+    level = agent.levels[0]
+    step = level.world_model.observe_step
+    level.world_model.observe_step = lambda x, z, a, o, d: (
+        step(x, z, a, o, d)._replace(h=o[:, 3:].repeat(1, 64)))  # h: the time
+    level.autoencoder.encode = lambda h: F.one_hot(h[:, :8].long(), 8).float()
+    level.autoencoder.decode = lambda code: code
+    monkeypatch.setattr(subgoals, "cosine_max",
+                        lambda goal, h: compared.append((goal, h[:, 0].tolist())) or torch.ones(len(h)))
+    with torch.inference_mode():
+        study, = subgoals.subgoal_study(agent, Echo(6), 0, steps=5 * 7)  # an episode: ticks at 0, 4 and 6
+        assert study == {"level": 0, "goals": 10, "reached": 1, "before": 1, "shuffled": 1, "possible": 1,
+                         "obeyed": 0}
+        (goal, end), (same, start), (other, _), (best, last) = compared
+        assert end == last == 5 * [4, 6] and start == 5 * [0, 4]
+        assert best.unflatten(-1, (8, 8)).argmax(-1)[:, 0].tolist() == last
+        assert torch.equal(goal, same) and torch.equal(goal.roll(5, 0), other)
+        torch.nn.init.normal_(level.actor.net[-1].weight)  # from now on what it does depends on everything
+        assert subgoals.subgoal_study(agent, Echo(6), 0, steps=35)[0]["obeyed"] > 0.1
+
+
+def test_open_loop_sequences_stay_inside_an_episode():
+    """results/open_loop.py: a sequence is consecutive steps of one episode, each with the action chosen after
+    it; episodes that are too short are one clear line."""
+    torch.manual_seed(0)
+    open_loop, agent = script("open_loop"), small(levels=2)
+    o, a, first = open_loop.fresh_sequences(agent, Echo(17), 0, count=6, length=8)
+    assert o.shape == (6, 8, 4) and a.shape == (6, 8, 3) and first.shape == (6, 8)
+    assert torch.equal(o[:, 1:, 3], o[:, :-1, 3] + 1) and not first[:, 1:].any() and first[:, 0].any()
+    assert torch.equal(o[:, 1:, :3], a[:, :-1])
+    with pytest.raises(train.UsageError, match="too short"):
+        open_loop.fresh_sequences(agent, Echo(6), 0, count=2, length=8)
+
+
+def test_open_loop_error_against_its_baselines(tmp_path, capsys):
+    """results/open_loop.py: the error at horizon n is that of the n-th step after the context; a still game
+    is foreseen perfectly by its last frame, and the mean frame's error is the variance of the frames. Both
+    pictures are written, and four errors printed."""
+    torch.manual_seed(0)
+    open_loop = script("open_loop")
+    T = open_loop.CONTEXT + open_loop.HORIZON
+    truth = torch.rand(3, 1, 3, 64, 64).repeat(1, T, 1, 1, 1)
+    dreamed = truth.clone()
+    dreamed[:, open_loop.CONTEXT + 9] += 0.5  # the tenth step is wrong
+    errors = open_loop.open_loop_error(truth, dreamed)
+    assert np.flatnonzero(errors["dream"]).tolist() == [9] and np.isclose(errors["dream"][9], 0.25)
+    assert not errors["last frame, repeated"].any()
+    assert np.allclose(errors["mean frame"], truth[:, 0].var(0, unbiased=False).mean(), atol=1e-6)
+    truth[:, open_loop.CONTEXT - 1] = 0  # the last frame seen
+    errors = open_loop.open_loop_error(truth, dreamed)
+    assert np.allclose(errors["last frame, repeated"], truth[:, -1].square().mean())
     pytest.importorskip("matplotlib")
-    drawn, draw_axes = [], evaluate.draw_axes
-    monkeypatch.setattr(evaluate, "draw_axes", lambda *args: drawn.append(draw_axes(*args)) or drawn[-1])
-    files = [write_result(tmp_path / "a.json"), write_result(tmp_path / "b.json", seed=1, returns=[8]),
-             write_result(tmp_path / "c.json", game="frostbite", returns=[2000]),
-             write_result(tmp_path / "d.json", levels=1)]
+    open_loop.draw(truth, dreamed, "pong", tmp_path / "error.png", tmp_path / "strip.png")
+    assert (tmp_path / "error.png").stat().st_size > 5000 and (tmp_path / "strip.png").stat().st_size > 50_000
+    assert len(capsys.readouterr().out.splitlines()) == 4
+
+
+def test_dream_film_runs_without_the_game():
+    """results/dream.py: the game is played for the context only, then all levels play on in the world model
+    alone, and the film ends where the model believes that the episode is over."""
+    pytest.importorskip("PIL")
+    steps = []
+
+    class Counted(train.Atari):
+        def step(self, action):
+            steps.append(action)
+            return super().step(action)
+
+    torch.manual_seed(0)
+    dream, agent, ticked = script("dream").dream, small(2, (64, 64, 3), 6), []
+    act = agent.act
+    agent.act = lambda *args, **now: (ticked.append(now), act(*args, **now))[1]
+    with torch.inference_mode():
+        frames = dream(agent, Counted("pong"), context=8, steps=12)
+        assert len(steps) == 8 and len(frames) == len(ticked) == 8 + 11
+        agent.levels[0].world_model.outcome_head[-1].bias.data[-1] = -9.0  # the continue logit
+        assert len(dream(agent, train.Atari("pong"), context=8, steps=12)) == 8 + 1
+
+
+def test_novelty_is_measured_on_states_of_each_level(tmp_path):
+    """results/novelty.py: the loss of each level's autoencoder over its own ticks, of the own game, of others
+    with fewer actions, and of random play."""
+    novelty, seen = script("novelty"), []
+    run = untrained_run(tmp_path, "boxing", levels=2)
+    rows = novelty.study(tmp_path, games=("boxing", "pong"), steps=9)
+    assert list(rows) == ["itself", "pong", "at random"] and all(len(values) == 2 for values in rows.values())
+    for level in run.agent.levels:
+        level.autoencoder.loss = lambda h: (None, seen.append(len(h)) or torch.tensor([1.0, 2.0]))
+    with torch.inference_mode():
+        assert novelty.novelty(run.agent, train.Atari("boxing"), 9) == [1.5, 1.5] and seen == [9, 3]
+
+
+def test_bars_stand_beside_published_ones(tmp_path):
+    """results/bars.py shows each game's human-normalised score of each of our groups, then those published
+    for the game; aggregates only over games that all groups have; a whisker only where a game has several
+    runs."""
+    pytest.importorskip("matplotlib")
+    files = [write_result(tmp_path / "a.json"), write_result(tmp_path / "b.json", {"seed": 1}, returns=[8]),
+             write_result(tmp_path / "c.json", {"game": "frostbite"}, returns=[2000]),
+             write_result(tmp_path / "d.json", {"levels": 1})]
     for count, titles in ((3, ["frostbite", "pong", "mean, 2 games", "median, 2 games", "IQM, 2 games",
                                "optimality gap, 2 games"]), (4, ["frostbite", "pong"])):
-        evaluate.main(["--bars", str(tmp_path / "bars.png"), *files[:count]])
-        axes = {axis.get_title(): axis for axis in drawn[-1][1]}
+        figure = script("bars").main(tmp_path / "bars.png", *files[:count])
+        axes = {axis.get_title(): axis for axis in figure.axes}
         assert list(axes) == titles
     assert (tmp_path / "bars.png").stat().st_size > 5000
+    published = evaluate.read_published()
     labels = [label.get_text() for label in axes["pong"].get_yticklabels()]
-    assert labels == ["here", "here", *(name + "*" for name in evaluate.PUBLISHED if name != "Hieros")]
+    assert labels == ["here", "here", *(name + "*" for name in published if name != "Hieros")]
     assert axes["frostbite"].get_yticklabels()[-1].get_text() == "Hieros*"
     bars = dict(zip(labels[2:], axes["pong"].patches[2:]))
     flat, full = axes["pong"].patches[:2]
@@ -2340,42 +3056,78 @@ def test_bars_stand_beside_published_ones(tmp_path, monkeypatch):
     assert ends[:3] == [0, 2, 0] and not any(ends[3:])
 
 
-def test_the_same_run_twice_is_refused(tmp_path):
-    """A run given twice would count twice: the message has both file names. Another seed is another run."""
-    a, b = write_result(tmp_path / "a.json"), write_result(tmp_path / "b.json", returns=[0])
-    with pytest.raises(train.UsageError, match="b.json and .*a.json are the same run: pong, seed 0"):
-        evaluate.main(["--table", a, b])
-    assert evaluate.main(["--table", a, write_result(tmp_path / "b.json", seed=1)]) == 0
-
-
-def test_pictures_are_drawn(tmp_path):
-    """Curves, S5 and ETBS pictures hold what they are about: each line's colour covers more than a legend."""
-    Image = pytest.importorskip("PIL.Image")
+def test_curves_show_mean_and_range(tmp_path):
+    """results/curves.py: a line a group with the mean over runs of the last ten episodes' mean, a band of
+    their range; a run that ended no episode is left out."""
     pytest.importorskip("matplotlib")
-
-    def pixels(path, *colours):
-        with Image.open(path) as image:
-            counts = {colour: count for count, colour in image.convert("RGB").getcolors(1 << 20)}
-        return min(counts.get(colour, 0) for colour in colours)
-
-    blue, orange, red = (31, 119, 180), (255, 127, 14), (214, 39, 40)
-    files = [write_result(tmp_path / "a.json"),
-             write_result(tmp_path / "b.json", levels=1, curve=[[1000 * i, -20.0] for i in range(1, 30)]),
-             write_result(tmp_path / "c.json", levels=1, seed=1, curve=[])]
-    evaluate.main(["--curves", str(tmp_path / "curves.png"), *files])
-    assert pixels(tmp_path / "curves.png", blue, orange) > 350
-    untrained_run(tmp_path / "run", levels=1)
-    evaluate.main([str(tmp_path / "run"), "--s5", str(tmp_path / "s5.png")])
-    assert pixels(tmp_path / "s5.png", blue, orange, red) > 350
-    evaluate.etbs_picture(tmp_path / "etbs.png", steps=2000)
-    assert pixels(tmp_path / "etbs.png", blue, orange) > 350
+    curves = [[1000 * i, -20.0] for i in range(1, 30)], [[1000 * i, -10.0] for i in range(1, 30)], []
+    files = [write_result(tmp_path / f"{seed}.json", {"seed": seed}, curve=curve)
+             for seed, curve in enumerate(curves)]
+    ramp = write_result(tmp_path / "3.json", {"levels": 1}, curve=[[i, float(i)] for i in range(1, 30)])
+    axis, = script("curves").main(tmp_path / "curves.png", *files, ramp).axes
+    lines = {line.get_label(): line.get_ydata() for line in axis.get_lines()}
+    assert np.allclose(lines["preset paper, levels 3, 100,000 agent steps, runs: 2"], -15)
+    assert np.isclose(lines["preset paper, levels 1, 100,000 agent steps, runs: 1"][-1], 24.5)  # of 20 ... 29
+    band = axis.collections[1].get_paths()[0].vertices[:, 1]
+    assert (band.min(), band.max()) == (-20, -10)
 
 
-def test_open_loop_pictures_are_drawn(tmp_path, capsys):
-    """The error picture and the strip of true above dreamed frames are written, and four errors printed."""
+def test_pictures_of_s5_and_of_sampling(tmp_path):
+    """results/s5_kernels.py: kernels are what the layers answer to an impulse. results/etbs.py: with uniform
+    draws early steps are drawn most; tau = 0.3 comes nearer to equally often."""
     pytest.importorskip("matplotlib")
-    truth = torch.rand(2, evaluate.CONTEXT + evaluate.HORIZON, 3, 64, 64)
-    evaluate.open_loop_picture(evaluate.open_loop_error(truth, truth.flip(0)), "pong", tmp_path / "error.png")
-    evaluate.strip_picture(truth[0], truth[1], "pong", tmp_path / "strip.png")
-    assert (tmp_path / "error.png").stat().st_size > 5000 and (tmp_path / "strip.png").stat().st_size > 50_000
-    assert len(capsys.readouterr().out.splitlines()) == 4
+    run = untrained_run(tmp_path, levels=1)
+    figure = script("s5_kernels").main(tmp_path, tmp_path / "s5.png")
+    layer = run.agent.levels[0].world_model.sequence.blocks[0].s5
+    impulse = torch.zeros(1, 32, 64)
+    impulse[0, 0, 0] = 1
+    with torch.no_grad():
+        answer = layer(impulse, torch.zeros(1, 32, dtype=torch.bool))[0][0]
+        answer[0, 0] -= layer.D[0]
+    before, after = figure.axes[1].get_lines()[0], figure.axes[1].get_lines()[3]
+    assert np.allclose(before.get_ydata(), answer[:, 0], atol=1e-5)
+    assert np.allclose(after.get_ydata(), answer[:, 0], atol=1e-5)  # the run has not begun
+    figure = script("etbs").main(tmp_path / "etbs.png", steps=2000)
+    uniform, hieros, _ = (line.get_ydata() for line in figure.axes[1].get_lines())
+    assert uniform[0] > 3 * uniform[-1] and np.ptp(hieros) < 0.8 * np.ptp(uniform)
+    assert np.isclose(uniform.mean(), 1) and np.isclose(hieros.mean(), 1)
+
+
+def test_a_gru_in_parallel_is_the_gru_step_by_step(tmp_path, monkeypatch):
+    """results/gru.py: its stack has S5Stack's interface, forgets at resets, and trains in the place of S5;
+    the result says so."""
+    gru, (B, T) = script("gru"), (3, 7)
+    stack, u, reset = gru.GRUStack(12, 16, 2), torch.randn(B, T, 12), some_resets(B, T)
+    m, states = stack(u, reset)
+    state = torch.zeros(B, *stack.state_shape, dtype=torch.cfloat)
+    for t in range(T):
+        m_t, state = stack.step(u[:, t], state * ~reset[:, t, None, None], stack.discretise())
+        assert torch.allclose(m_t, m[:, t], atol=1e-6) and torch.allclose(state, states[:, t], atol=1e-6)
+    monkeypatch.chdir(tmp_path)
+    flags = "--preset debug --device cpu --game Echo-v0 --levels 1 --steps 310 --eval_episodes 2 --logdir run"
+    monkeypatch.setattr(gymnasium.envs.registration, "registry", dict(gymnasium.registry))
+    monkeypatch.setattr(gymnasium, "registry", gymnasium.envs.registration.registry)
+    gymnasium.register("Echo-v0", Echo)
+    assert gru.main(flags.split()) == 0
+    result = json.loads((tmp_path / "run" / "evaluation.json").read_text())
+    assert result["change"] == "GRU layers instead of S5's"
+    with pytest.raises(train.UsageError, match="checkpoint.pt is damaged or not"):  # it has no S5 layers
+        evaluate.load_run(tmp_path / "run", "cpu")
+
+
+def test_s5_speed_is_measured_and_drawn(tmp_path, capsys):
+    """results/s5_speed.py: a row a length, of three ways to train and to step, and the picture of them."""
+    pytest.importorskip("matplotlib")
+    speed = script("s5_speed")
+    rows = speed.measure([4, 8])
+    assert [row[0] for row in rows] == [4, 8] and all(number > 0 for row in rows for number in row)
+    assert len(capsys.readouterr().out.splitlines()) == 3 and len(rows[0]) == 7
+    speed.draw(rows, tmp_path / "s5.png")
+    assert (tmp_path / "s5.png").stat().st_size > 5000
+
+
+def test_every_script_of_results_says_how_it_is_run():
+    """Its docstring has its command."""
+    for path in (HERE / "results").glob("*.py"):
+        text = path.read_text()
+        assert f"python results/{path.name}" in text.split('"""')[1], path.name

@@ -1,7 +1,8 @@
-"""Train Hieros on an Atari game: `python train.py --game pong`.
+"""Train Hieros on a game: `python train.py --game pong`, or `--game CartPole-v1`.
 
-In this file: every setting (Config), the game as the agent sees it (Atari), the run with its checkpoints
-(Run), the loop (train), the score of a trained agent (play, result). Read hierarchy.py and replay.py first.
+In this file: every setting (Config), the game as the agent sees it (Atari, Registered), the run with its
+checkpoints (Run) and its log (Log), the loop (train), the score of a trained agent (play, evaluation). Read
+hierarchy.py and replay.py first.
 """
 
 import argparse
@@ -9,14 +10,20 @@ import contextlib
 import ctypes
 import dataclasses
 import difflib
+import functools
+import importlib
 import json
 import math
+import operator
 import os
 import pickle
+import re
+import shlex
 import signal
 import subprocess
 import sys
 import time
+import traceback
 import zipfile
 from pathlib import Path
 
@@ -24,13 +31,17 @@ import ale_py
 import gymnasium
 import numpy as np
 import torch
+from gymnasium.spaces import Box, Discrete
 from gymnasium.vector import AutoresetMode, SyncVectorEnv
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 from hierarchy import Hieros
 from replay import Replay, replacing
+
+try:
+    import fcntl
+except ImportError:  # Windows has no such locks
+    fcntl = None
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -47,19 +58,19 @@ class Config:
     """Every setting of a run; each is a flag of the command line. The defaults are the preset `paper`: the
     values of Hieros, unless the help text says otherwise."""
 
-    game: str = setting("pong", "Atari game, in any spelling: pong, ms_pacman, MsPacman")
-    preset: str = setting("auto", "paper, cpu (about an hour on two cores), debug (under a minute), or auto:"
-                          " paper on a CUDA device, cpu otherwise", choices=["auto", "paper", "cpu", "debug"])
+    game: str = setting("pong", "Atari game in any spelling, or Gymnasium's CartPole-v1, my_module:MyEnv-v0")
+    preset: str = setting("auto", "paper; cpu, about an hour on two cores; vector, for observations that are no"
+                          " images, minutes; debug, under a minute; auto: what fits the game and the device",
+                          choices=["auto", "paper", "cpu", "vector", "debug"])
     seed: int = setting(0, "seed of everything random", 0, 2 ** 63 - 1)
     device: str = setting("auto", "auto, cpu, cuda, cuda:1, ...")
     logdir: str = setting("", "where the run is written (default runs/GAME-SEED)")
     levels: int = setting(3, "L, levels of the hierarchy; 1 is the flat agent", 1, 6)
     k: int = setting(4, "a level acts every k ticks of the level below", 2, 64)
 
-    steps: int = setting(100_000, "agent steps; each is 4 frames", 1)
+    steps: int = setting(100_000, "agent steps; on Atari each is 4 frames", 1)
     warmup: int = setting(1000, "agent steps before the first update", 0)
-    train_every: int = setting(
-        1, "agent steps per update of level 0; level i updates k^i times more rarely", 1)
+    train_every: int = setting(1, "agent steps per update of level 0; level i has k^i times fewer updates", 1)
     batch_size: int = setting(16, "B, sequences in a batch", 1)
     batch_length: int = setting(64, "T, steps in a sequence", 2)
     replay_size: int = setting(100_000, "steps that level 0 keeps; level i keeps k^i times fewer", 1)
@@ -73,16 +84,9 @@ class Config:
     units: int = setting(256, "units of every MLP layer", 1)
     mlp_layers: int = setting(2, "hidden layers of the MLPs", 1)
     depth: int = setting(24, "channels of the first convolution", 1)
-    first_stride: int = setting(2, "stride of the first convolution: 2, or 4 to save its cost",
-                                choices=[2, 4])
+    first_stride: int = setting(2, "stride of the first convolution, 4 to save its cost", choices=[2, 4])
     sharpness: float = setting(1.0, "factor of the initial posterior's logits", 0)
-    kl_warmup: int = setting(0, "updates of a level without the KL that makes z foreseeable;"
-                             " then it rises for as many", 0)
-    observation_variance: float = setting(
-        0.0, "scale each pixel by its deviation, and all to this variance together; 0: as they are. 60, with"
-        " --sharpness 30 --encoder_lr 1e-4 at preset cpu, finds small balls", 0)
-    sequence: str = setting("s5", "sequence model of the world models; gru: to compare",
-                            choices=["s5", "gru"])
+    kl_warmup: int = setting(0, "updates without the KL that makes z foreseeable; it rises for as many", 0)
 
     horizon: int = setting(16, "imagined steps", 2)
     starts: int = setting(1024, "imagined rollouts an update, at most batch_size * batch_length", 1)
@@ -102,8 +106,8 @@ class Config:
     critic_lr: float = setting(3e-5, "learning rate of the critics", 0)
     autoencoder_lr: float = setting(1e-4, "learning rate of the subgoal autoencoders", 0)
 
-    precision: str = setting("float32", "arithmetic of the matrix products", choices=["float32", "bf16"])
-    compile: bool = setting(False, "torch.compile dreams and losses: takes a minute, saves nothing on a CPU")
+    precision: str = setting("tf32", "arithmetic of the matrix products; on a CPU tf32 is float32",
+                             choices=["tf32", "float32", "bf16"])
     log_every: int = setting(500, "agent steps between lines of metrics.jsonl", 1)
     save_every: int = setting(2500, "agent steps between checkpoints", 1)
     eval_episodes: int = setting(100, "episodes of the final evaluation", 1)
@@ -115,16 +119,25 @@ PRESETS = {
                 state_size=64, s5_layers=2, units=128, first_stride=4, sharpness=10.0, kl_warmup=200,
                 horizon=10, starts=128, gamma=0.99, slow=0.1, entropy_scale=1e-3, subgoal_weight=0.03,
                 encoder_lr=3e-4, model_lr=1e-3, actor_lr=3e-4, critic_lr=1e-3, autoencoder_lr=1e-3),
+    "vector": dict(steps=20_000, warmup=500, train_every=4, batch_length=32, stoch=8, classes=8, hidden=64,
+                   state_size=32, s5_layers=2, units=64, mlp_layers=1, horizon=12, starts=256, gamma=0.99,
+                   slow=0.1, entropy_scale=3e-3, encoder_lr=1e-3, model_lr=1e-3, actor_lr=1e-3,
+                   critic_lr=1e-3, autoencoder_lr=1e-3),
     "debug": dict(steps=1200, replay_size=2000, train_every=10, warmup=300, batch_size=4, batch_length=16,
                   stoch=8, classes=8, hidden=64, state_size=32, s5_layers=2, units=64, mlp_layers=1, depth=8,
                   first_stride=4, horizon=5, starts=32, log_every=100, save_every=400, eval_episodes=2),
 }
 # What --resume may change.
-RESUMABLE = {"steps", "logdir", "device", "log_every", "save_every", "eval_episodes", "compile"}
+RESUMABLE = {"steps", "logdir", "device", "log_every", "save_every", "eval_episodes"}
 
 
 class UsageError(Exception):
     """The user can mend this: one line that says what is wrong and what would be right; exit code 2."""
+
+
+def one_line(anything):
+    """An error or a space as a text that is not too long for a message."""
+    return " ".join(str(anything).split())[:300]
 
 
 class Parser(argparse.ArgumentParser):
@@ -134,27 +147,26 @@ class Parser(argparse.ArgumentParser):
         if message.startswith("unrecognized arguments: --"):
             flag = message.split(": ", 1)[1].split()[0].split("=")[0]
             near = difflib.get_close_matches(flag, self._option_string_actions, 1)
-            advice = f", did you mean {near[0]}?" if near else "; --help lists them all"
-            message = f"unknown flag {flag}" + advice
+            message = f"unknown flag {flag}" + (f", did you mean {near[0]}?" if near else "; --help lists all")
         raise UsageError(message)
 
 
 EXAMPLES = """examples:
   python train.py --game pong                            writes runs/pong-0
   python train.py --game breakout --levels 1 --seed 3    the flat agent, in runs/breakout-3
+  python train.py --game CartPole-v1                     a few minutes
   python train.py --logdir runs/pong-0 --resume          goes on where it was stopped or killed
   python train.py --preset debug --logdir runs/try       does it work at all? in under a minute
-  python train.py --preset paper --profile               how long would it take on this machine?
 
-exit codes: 0 done; 1 a loss was not finite; 2 the command or a file is wrong, one line on the standard error
-says what; 130 or 143 stopped by Ctrl+C or SIGTERM, and saved
+exit codes: 0 done; 1 a loss was not finite; 2 the command, a file or your environment is wrong, one line on
+the standard error says what; 130 or 143 stopped by Ctrl+C or SIGTERM, and saved
 """
 
 
 def parse_config(argv):
-    """({explicitly given name: value}, resume, profile) of a command line. UsageError; only --help exits."""
-    parser = Parser(description="Train Hieros on an Atari game, then play it for a score.", epilog=EXAMPLES,
-                    usage="train.py [--game str] [--seed int] [any setting below] [--resume|--profile]",
+    """({explicitly given name: value}, resume) of a command line. UsageError; only --help exits."""
+    parser = Parser(description="Train Hieros on a game, then play it for a score.", epilog=EXAMPLES,
+                    usage="train.py [--game str] [--seed int] [any setting below] [--resume]",
                     formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     for field in dataclasses.fields(Config):
         values = {name: preset.get(field.name, field.default) for name, preset in PRESETS.items()}
@@ -162,28 +174,26 @@ def parse_config(argv):
             values = {"default": field.default}
         defaults = ", ".join(f"{name} {value}" for name, value in values.items() if value != "")
         choices = field.metadata["choices"]
-        kind = dict(action="store_true") if field.type is bool else dict(
-            type=field.type, choices=choices,
-            metavar="|".join(map(str, choices)) if choices else field.type.__name__)
-        parser.add_argument("--" + field.name, default=argparse.SUPPRESS, **kind,
+        parser.add_argument("--" + field.name, default=argparse.SUPPRESS, type=field.type, choices=choices,
+                            metavar="|".join(map(str, choices)) if choices else field.type.__name__,
                             help=field.metadata["help"] + f" ({defaults})" * bool(defaults))
-    parser.add_argument("--resume", action="store_true",
-                        help="continue the run in --logdir from its last checkpoint")
-    parser.add_argument("--profile", action="store_true",
-                        help="do not train: measure what an update costs and how long the whole run would"
-                        " take here, and write that to LOGDIR/profile.json (default runs/GAME-SEED-profile)")
+    parser.add_argument("--resume", action="store_true", help="continue from the last checkpoint in --logdir;"
+                        " where there is none yet, begin: a job that is started again may always say it")
     given = vars(parser.parse_args(argv))
-    return given, given.pop("resume"), given.pop("profile")
+    return given, given.pop("resume")
 
 
 def make_config(given):
     """The Config of the explicitly given values over the preset's. UsageError if a value makes no sense."""
     config = Config(**given)
+    config.game = game_name(config.game)
     if config.device == "auto":
         config.device = "cuda" if torch.cuda.is_available() else "cpu"
     if config.preset == "auto":
         config.preset = "paper" if config.device.startswith("cuda") else "cpu"
-    explicit = {key: getattr(config, key) for key in given if key not in ("preset", "device")}
+        if config.game not in atari_games() and len(make_env(config.game).observation_space.shape) == 1:
+            config.preset = "vector"
+    explicit = {name: getattr(config, name) for name in given if name not in ("preset", "device")}
     config = dataclasses.replace(config, **(PRESETS[config.preset] | explicit))
     for field in dataclasses.fields(Config):
         value, low, high = getattr(config, field.name), field.metadata["low"], field.metadata["high"]
@@ -191,25 +201,24 @@ def make_config(given):
             raise UsageError(f"--{field.name} {value} is out of range: "
                              + (f"at least {low}" if high is None else f"{low} to {high}"))
     if config.state_size % 8:
-        raise UsageError(f"--state_size {config.state_size} must be a multiple of 8"
-                         " (4 blocks of conjugate pairs)")
+        raise UsageError(f"--state_size {config.state_size} must be a multiple of 8 (4 blocks of pairs)")
     if config.starts > config.batch_size * config.batch_length:
-        raise UsageError(f"--starts {config.starts} is more than the"
-                         f" {config.batch_size} x {config.batch_length} states of a batch")
+        raise UsageError(f"--starts {config.starts} is more than a batch has,"
+                         f" {config.batch_size} x {config.batch_length}")
     if config.replay_size < config.batch_length * config.k ** (config.levels - 1):
-        raise UsageError(f"--replay_size {config.replay_size} is too small:"
-                         f" the top level keeps a k^{config.levels - 1}th of it"
-                         f" and needs {config.batch_length} steps for one sequence")
+        raise UsageError(f"--replay_size {config.replay_size} is too small: the top level keeps a"
+                         f" k^{config.levels - 1}th of it and needs {config.batch_length} steps for one sequence")
     first = -(-max(config.warmup, config.batch_length) // config.train_every) * config.train_every
     if config.steps < first:
         raise UsageError(f"--steps {config.steps} ends before the first update, at step {first}, the first"
                          " multiple of --train_every that is at least --warmup and --batch_length")
     try:
-        torch.zeros(1, device=config.device).item()  # .item(): the device "meta" holds no values
+        if torch.device(config.device).type not in ("cpu", "cuda"):
+            raise RuntimeError("cpu and cuda can; others, such as mps, lack complex numbers or float64")
+        torch.zeros(1, device=config.device)
     except (RuntimeError, AssertionError) as error:
         raise UsageError(f"--device {config.device} cannot be used here: {str(error).splitlines()[0]}")
-    config.game = atari_name(config.game)
-    config.logdir = config.logdir or f"runs/{config.game}-{config.seed}"
+    config.logdir = config.logdir or "runs/" + re.sub(r"[^\w.-]", "_", f"{config.game}-{config.seed}")
     return config
 
 
@@ -226,12 +235,12 @@ REFERENCE = {  # game: (random, human)
     "demon_attack": (152.1, 1971.0), "freeway": (0.0, 29.6), "frostbite": (65.2, 4334.7),
     "gopher": (257.6, 2412.5), "hero": (1027.0, 30826.4), "jamesbond": (29.0, 302.8),
     "kangaroo": (52.0, 3035.0), "krull": (1598.0, 2665.5), "kung_fu_master": (258.5, 22736.3),
-    "ms_pacman": (307.3, 6951.6), "pong": (-20.7, 14.6),
-    "private_eye": (24.9, 69571.3), "qbert": (163.9, 13455.0), "road_runner": (11.5, 7845.0),
-    "seaquest": (68.4, 42054.7), "up_n_down": (533.4, 11693.2),
-}
+    "ms_pacman": (307.3, 6951.6), "pong": (-20.7, 14.6), "private_eye": (24.9, 69571.3),
+    "qbert": (163.9, 13455.0), "road_runner": (11.5, 7845.0), "seaquest": (68.4, 42054.7),
+    "up_n_down": (533.4, 11693.2)}
 
 
+@functools.cache
 def atari_games():
     """{name: environment id} of every game that ale_py brings: {"ms_pacman": "ALE/MsPacman-v5", ...}."""
     gymnasium.register_envs(ale_py)
@@ -241,24 +250,55 @@ def atari_games():
             for id in ids}
 
 
-def atari_name(game):
-    """The name of a game in our spelling. Raises UsageError with the nearest names if there is none."""
+def game_name(game):
+    """The one name of a game: ours for Atari, in whatever spelling; Gymnasium's for all else, which may begin
+    with a module to import. Raises UsageError with the nearest names if there is none."""
     def letters(text):
         return "".join(c for c in text.lower() if c.isalnum())
 
-    names = {letters(name): name for name in atari_games()}
-    if letters(game) not in names:
-        near = (difflib.get_close_matches(letters(game), names, 3)
-                or [name.replace("_", "") for name in REFERENCE])
-        raise UsageError(f"unknown game '{game}'; nearest: " + ", ".join(names[key] for key in near))
-    return names[letters(game)]
+    module, _, id = game.rpartition(":")
+    try:
+        atari = {letters(name): name for name in atari_games()}
+        importlib.import_module(module) if module else None  # which registers its environments
+    except Exception as error:  # it is the user's code: anything may happen
+        raise UsageError(f"--game {game}: importing {module} fails: {type(error).__name__}, {error}")
+    others = {letters(id): id for id, spec in gymnasium.registry.items()
+              if not str(spec.entry_point).startswith("ale_py")}
+    # The names under which ale_py registers a game, ALE/Pong-v5, PongNoFrameskip-v4, are spellings, too.
+    plain = letters(re.sub(r"^ALE/|(NoFrameskip|Deterministic)?-v[045]$", "", game))
+    if id in others.values() or plain in atari:
+        return game if id in others.values() else atari[plain]
+    near = [known[name] for known in (atari, others) for name in difflib.get_close_matches(letters(id), known)]
+    raise UsageError(f"unknown game '{game}'; nearest: " + (", ".join(near) or ", ".join(REFERENCE)
+                     + "; Gymnasium's, such as CartPole-v1; your own, my_module:MyEnv-v0"))
 
 
+def make_env(game, render_mode=None):
+    """The environment of a `game_name`. render_mode is for Gymnasium's, and None in those that lack it."""
+    return Atari(game) if game in atari_games() else Registered(game, render_mode)
+
+
+@functools.cache
 def area_weights(inputs, outputs):
     """(outputs, inputs): how much of each input pixel falls into each output pixel; every row sums to one."""
     edges, pixel = np.arange(outputs + 1) * (inputs / outputs), np.arange(inputs)
     overlap = np.minimum(edges[1:, None], pixel + 1) - np.maximum(edges[:-1, None], pixel)
     return torch.from_numpy((overlap.clip(min=0) * (outputs / inputs)).astype(np.float32))
+
+
+def shrink(image):
+    """An image (height, width, 3) of bytes as (64,64,3): the exact mean over each area, in float32 always.
+
+    By torch: NumPy's matmul has threads of its own, which fight torch's and make acting five times slower.
+    """
+    height, width, _ = image.shape
+    with torch.autocast("cpu", enabled=False):
+        pixels = torch.from_numpy(image).float().reshape(height, -1)
+        narrow = (area_weights(height, 64) @ pixels).view(64, width, 3)
+        return (area_weights(width, 64) @ narrow).round().byte().numpy()
+
+
+IMAGE = Box(0, 255, (64, 64, 3), np.uint8)
 
 
 class Atari(gymnasium.Env):
@@ -271,17 +311,16 @@ class Atari(gymnasium.Env):
     """
 
     REPEAT, NOOPS, MAX_FRAMES = 4, 30, 108_000
-    ROWS, COLUMNS = area_weights(210, 64), area_weights(160, 64)
 
     def __init__(self, game):
         try:
             self.game = gymnasium.make(atari_games()[game], frameskip=1, repeat_action_probability=0.0,
                                        full_action_space=False, disable_env_checker=True).unwrapped
         except OSError as error:
-            raise UsageError(f"there is no ROM of '{game}': {' '.join(str(error).split())};"
+            raise UsageError(f"there is no ROM of '{game}': {one_line(error)};"
                              " ale-py brings them all: unset ALE_ROMS_DIR, or install it anew")
-        self.observation_space = gymnasium.spaces.Box(0, 255, (64, 64, 3), np.uint8)
-        self.action_space = self.game.action_space
+        self.observation_space, self.action_space = IMAGE, self.game.action_space
+        self.max_steps = self.MAX_FRAMES // self.REPEAT  # of an episode
         self.previous = self.screen = None  # the last two frames
         self.frames = 0  # of this episode
 
@@ -312,12 +351,7 @@ class Atari(gymnasium.Env):
         return reward, terminated
 
     def _observation(self):
-        # Area average without an image library: rows @ screen @ columns with fractional weights, exactly. By
-        # torch: NumPy's matmul has threads of its own, which fight torch's for the cores and make acting five
-        # times slower.
-        screen = torch.from_numpy(np.maximum(self.previous, self.screen)).float()
-        narrow = (self.ROWS @ screen.view(210, -1)).view(64, 160, 3)
-        return (self.COLUMNS @ narrow).round().byte().numpy()
+        return shrink(np.maximum(self.previous, self.screen))
 
     def get_state(self):
         """Everything that a resumed run needs to go on with the very next frame."""
@@ -329,44 +363,125 @@ class Atari(gymnasium.Env):
         """The inverse of get_state."""
         self.reset(seed=0)
         self.game.ale.restoreState(ale_py.ALEState(state["ale"].tobytes()))
-        self.previous, self.screen, self.frames = state["previous"], state["screen"], state["frames"]
+        self.previous, self.screen, self.frames = state["previous"], state["screen"], int(state["frames"])
         self.np_random.bit_generator.state = state["rng"]
+        self._observation()  # screens that do not fit each other are noticed now
+
+
+class Registered(gymnasium.Wrapper):
+    """Any other environment of Gymnasium with discrete actions, as the agent sees it. Its spaces decide:
+
+        image of uint8, (height, width[, 1 or 3]) of any size    (64,64,3) bytes, as Atari's
+        Box of one axis, floats or integers                      (D,) float32
+        Discrete                                                 (n,) float32, one-hot
+
+    The time limit is the environment's own; without one it is as long as Atari's: an evaluation must end.
+    """
+
+    def __init__(self, game, render_mode=None):
+        self.name, self.t, id = game, 0, game.rpartition(":")[2]  # t: steps in this episode
+        limit = gymnasium.spec(id).max_episode_steps or 27_000
+        make = functools.partial(gymnasium.make, id, max_episode_steps=limit, disable_env_checker=True)
+        try:
+            env = make()
+            if render_mode in env.metadata.get("render_modes", ()):
+                env = make(render_mode=render_mode)
+        except Exception as error:
+            raise UsageError(f"{game} cannot be made: {type(error).__name__}, {one_line(error)}")
+        super().__init__(env)
+        self.max_steps, self.space, actions, size = limit, env.observation_space, env.action_space, None
+        shape = self.space.shape or ()
+        if isinstance(self.space, Discrete):
+            size = int(self.space.n)
+        elif isinstance(self.space, Box) and len(shape) == 1:
+            size = shape[0]
+        elif not (isinstance(self.space, Box) and self.space.dtype == np.uint8
+                  and (len(shape) == 2 or len(shape) == 3 and shape[2] in (1, 3))):
+            wrapper = "TransformObservation" if len(shape) == 3 else "FlattenObservation"
+            raise UsageError(f"{game} has the observations {one_line(self.space)}; supported: Box of one axis,"
+                             f" images of uint8, Discrete; gymnasium.wrappers.{wrapper} can convert them")
+        if not isinstance(actions, Discrete) or actions.n > 256:  # the replay stores them as bytes
+            raise UsageError(f"{game} has the actions {one_line(actions)}; supported: Discrete, up to 256;"
+                             " gymnasium.wrappers.TransformAction with a table of actions can convert them")
+        self.observation_space = Box(-np.inf, np.inf, (size,), np.float32) if size else IMAGE
+        self.action_space = Discrete(int(actions.n))
+
+    def _ask(self, method, *arguments, **options):
+        """What the environment's reset or step returns, checked, the observation as the agent sees it. All that
+        goes wrong becomes one line that names the environment, the step and the place."""
+        try:
+            seen, *rest = method(*arguments, **options)
+            array, space = np.asarray(seen), self.space
+            if not (space.contains(seen) if isinstance(space, Discrete) else array.shape == space.shape
+                    and ((space.low <= array) & (array <= space.high)).all()):  # NaN is not <= anything
+                raise ValueError(f"an observation that is not in {space}")
+            if self.observation_space is IMAGE:
+                height, width = space.shape[:2]
+                image = np.broadcast_to(array.reshape(height, width, -1), (height, width, 3))  # grey has one channel
+                return shrink(image.copy()), *rest
+            if isinstance(space, Discrete):
+                array = np.arange(space.start, space.start + space.n) == array
+            array, reward = array.astype(np.float32), np.float32(rest[0] if len(rest) > 1 else 0)
+            if not np.isfinite(array).all() or not np.isfinite(reward):
+                raise ValueError("an observation or a reward that is not finite in float32")
+            return array, *rest
+        except Exception as error:
+            place = traceback.extract_tb(error.__traceback__)[-1]
+            raise UsageError(f"{self.name} fails at step {self.t} of an episode: {type(error).__name__},"
+                             f" {one_line(error)} ({Path(place.filename).name}, line {place.lineno})") from error
+
+    def reset(self, **options):
+        self.t = 0
+        return self._ask(self.env.reset, **options)
+
+    def step(self, action):
+        self.t += 1
+        return self._ask(self.env.step, int(action) + int(self.env.action_space.start))
+
+    def get_state(self):
+        """What of any environment can be saved: its random numbers, where it has NumPy's."""
+        return getattr(getattr(self.np_random, "bit_generator", None), "state", None)
+
+    def set_state(self, state):
+        """Goes on with these random numbers. The episode is lost: returns a new one's first observation."""
+        self.reset(seed=0)
+        if state:
+            self.np_random.bit_generator.state = state
+        return self.reset()[0]
 
 
 # ------------------------------------------------------------------------------------------------------------
-# The run: all that a checkpoint must hold
+# Agent and checkpoint
 # ------------------------------------------------------------------------------------------------------------
 
 def make_agent(config, env):
-    """The agent of a Config for an environment's spaces, on the Config's device."""
-    model = {key: getattr(config, key) for key in (
+    """The agent of a Config for an environment's spaces, on the Config's device. Says beside, for the whole
+    process, whether a GPU may shorten float32 to TF32 in matrix products."""
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = config.precision == "tf32"
+    model = {name: getattr(config, name) for name in (
         "stoch", "classes", "hidden", "state_size", "s5_layers", "units", "mlp_layers", "depth",
-        "first_stride", "sharpness", "kl_warmup", "observation_variance", "sequence")}
-    model["memory"] = config.batch_length
-    behaviour = {key: getattr(config, key) for key in (
+        "first_stride", "sharpness", "kl_warmup")} | {"memory": config.batch_length}
+    behaviour = {name: getattr(config, name) for name in (
         "horizon", "starts", "gamma", "lam", "entropy_scale", "slow", "encoder_lr", "model_lr", "actor_lr",
         "critic_lr", "autoencoder_lr")}
     weights = {name: getattr(config, name + "_weight") for name in ("extrinsic", "subgoal", "novelty")}
     with torch.device(config.device):
-        agent = Hieros(env.observation_space.shape, int(env.action_space.n), config.levels, config.k,
-                       (config.subgoal_categoricals, config.subgoal_classes), weights, model, behaviour)
-    for level in agent.levels if config.compile else ():
-        level.world_model.dream = torch.compile(level.world_model.dream)
-        level.world_model.loss = torch.compile(level.world_model.loss)
-        level.behaviour_loss = torch.compile(level.behaviour_loss)
-    return agent
+        return Hieros(env.observation_space.shape, int(env.action_space.n), config.levels, config.k,
+                      (config.subgoal_categoricals, config.subgoal_classes), weights, model, behaviour)
 
 
 def autocast(config):
-    """The context in which the agent of a Config computes."""
-    return torch.autocast(torch.device(config.device).type, torch.bfloat16, config.precision == "bf16")
+    """The context in which the agent of a Config computes. It keeps no cast weights: dreams would use those
+    from before the model's step, and weights first cast under no_grad would get no gradient."""
+    return torch.autocast(torch.device(config.device).type, torch.bfloat16, config.precision == "bf16",
+                          cache_enabled=False)
 
 
 def pack(tree):
     """NumPy arrays in nested dicts and lists become {"numpy": tensor}, for torch.load with weights_only."""
     if isinstance(tree, dict):
         return {key: pack(value) for key, value in tree.items()}
-    if isinstance(tree, list):
+    if isinstance(tree, (list, tuple)):
         return [pack(value) for value in tree]
     return {"numpy": torch.from_numpy(tree.copy())} if isinstance(tree, np.ndarray) else tree
 
@@ -374,17 +489,9 @@ def pack(tree):
 def unpack(tree):
     """The inverse of pack."""
     if isinstance(tree, dict):
-        if set(tree) == {"numpy"}:
-            return tree["numpy"].cpu().numpy()
-        return {key: unpack(value) for key, value in tree.items()}
+        return tree["numpy"].cpu().numpy() if set(tree) == {"numpy"} else {
+            key: unpack(value) for key, value in tree.items()}
     return [unpack(value) for value in tree] if isinstance(tree, list) else tree
-
-
-def env_step(observation, reward=0.0, *, is_first=False, is_last=False, is_terminal=False):
-    """What an environment gave, as arrays of one environment: the arguments of Hieros.act."""
-    return {"observation": observation[None], "reward": np.float32([reward]),
-            "is_first": np.array([is_first]), "is_last": np.array([is_last]),
-            "is_terminal": np.array([is_terminal])}
 
 
 def load_checkpoint(path, device):
@@ -395,6 +502,15 @@ def load_checkpoint(path, device):
     return unpack(torch.load(path, map_location=device, weights_only=True))
 
 
+def history(checkpoint):
+    """{"step", "seconds", "curve", "commits"} of a run so far, checked: it may have been edited by hand."""
+    step, seconds = operator.index(checkpoint["step"]), float(checkpoint["seconds"])
+    curve = [[operator.index(when), float(score)] for when, score in checkpoint["curve"]]
+    if not 0 <= max([0, *(when for when, _ in curve)]) <= step or not seconds >= 0:
+        raise ValueError(f"step {step}, {seconds} seconds and the curve of its scores cannot be true together")
+    return {"step": step, "seconds": seconds, "curve": curve, "commits": list(map(str, checkpoint["commits"]))}
+
+
 @contextlib.contextmanager
 def trusting(path):
     """Turns what a missing, damaged, foreign or hand-edited checkpoint breaks in this block into one line."""
@@ -403,17 +519,41 @@ def trusting(path):
     except UsageError as error:
         raise UsageError(f"{path}: {error}") from error
     except FileNotFoundError:
-        raise UsageError(f"{path} does not exist:"
-                         " this is not the directory of a run, or it has no checkpoint yet")
-    except (zipfile.BadZipFile, pickle.UnpicklingError, RuntimeError, EOFError, LookupError, TypeError,
-            ValueError, ArithmeticError, AttributeError, OSError) as error:
-        reason = " ".join(str(error).split()).split(". ")[0][:200]  # torch goes on with dangerous advice
+        raise UsageError(f"{path} does not exist: this is not the directory of a run, or it has no checkpoint yet")
+    except (zipfile.BadZipFile, pickle.UnpicklingError, RuntimeError, EOFError, LookupError, TypeError, ValueError,
+            ArithmeticError, AttributeError, OSError, SystemError) as error:  # SystemError: a cut emulator state
+        reason = one_line(error).split(". ")[0]  # torch goes on with dangerous advice
         raise UsageError(f"{path} is damaged or not a checkpoint of this program:"
                          f" {type(error).__name__}, {reason}") from error
 
 
+@contextlib.contextmanager
+def alone_in(directory):
+    """Keeps every other process out of the directory of a run. The lock is the system's: it goes with this
+    process, however that ends, so a killed one does not block the next."""
+    directory.mkdir(parents=True, exist_ok=True)
+    with open(directory / "lock", "a") as file:
+        try:
+            fcntl and fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UsageError(f"--logdir {directory} is in use: another process trains there")
+        except OSError:  # a file system without locks
+            pass
+        yield
+
+
+# ------------------------------------------------------------------------------------------------------------
+# The run: all that a checkpoint must hold
+# ------------------------------------------------------------------------------------------------------------
+
+def env_step(observation, reward=0.0, *, is_first=False, is_last=False, is_terminal=False):
+    """What an environment gave, as arrays of one environment: the arguments of Hieros.act."""
+    return {"observation": observation[None], "reward": np.float32([reward]), "is_first": np.array([is_first]),
+            "is_last": np.array([is_last]), "is_terminal": np.array([is_terminal])}
+
+
 class Run:
-    """Agent, environment, replays and counters of one run, and how they are saved and restored."""
+    """Agent, environment, replays and counters of one run, what it does in a step, how it is saved."""
 
     def __init__(self, config, env):
         self.config, self.env, self.directory = config, env, Path(config.logdir)
@@ -429,22 +569,27 @@ class Run:
         self.memory = self.agent.initial_memory(1)
         observation, _ = env.reset(seed=config.seed)
         self.now = env_step(observation, is_first=True)
-        self.step, self.seconds = 0, 0.0  # agent steps, wall time so far
-        self.score = 0.0  # return of this episode so far
+        self.step, self.score = 0, 0.0  # agent steps so far, return of this episode so far
         self.curve = []  # [agent step, return] of every finished episode
         self.updates = [0] * config.levels
+        self.commits = [origin()["commit"] + "+" * bool(origin()["dirty"])]  # of all code that has trained it
         self.log = Log(self.directory)
+        self.seconds, self.logged, self.since = 0.0, 0, time.perf_counter()  # at the last line: time, step, clock
 
     def act(self):
-        """One tick of acting: every level that is due updates, chooses, remembers. Returns the action."""
+        """Every level that is due updates its state and chooses. Returns, from level 0 upwards, what each of
+        them has to remember."""
         with autocast(self.config):
-            self.memory, action, ticks = self.agent.act(self.memory, **self.now, discretised=self.discretised)
-        for i, tick in enumerate(ticks):
-            self.replays[i].add(self.agent.transition(i, tick))
-        return action[0]
+            self.memory, ticks = self.agent.act(self.memory, **self.now, discretised=self.discretised)
+            return self.agent.transitions(ticks)
 
-    def interact(self, action):
-        """One step of the environment."""
+    def remember(self, transitions):
+        """Into the replays."""
+        for replay, transition in zip(self.replays, transitions):
+            replay.add(transition)
+
+    def play(self, action):
+        """One step of the game."""
         observation, reward, terminated, truncated, _ = self.env.step(action)
         self.now = env_step(observation, reward, is_terminal=terminated, is_last=terminated or truncated)
         self.step, self.score = self.step + 1, self.score + float(reward)
@@ -454,28 +599,42 @@ class Run:
         self.log.write(self.step, {"episode/score": self.score, "episode/length": int(self.memory["t"][0])})
         self.curve.append([self.step, self.score])
         self.score = 0.0
-        observation, _ = self.env.reset()
-        self.now = env_step(observation, is_first=True)
+        self.now = env_step(self.env.reset()[0], is_first=True)
 
-    def train(self):
+    def learn(self):
         """One update of every level that is due and has enough to learn from."""
         c = self.config
         for i, (level, replay) in enumerate(zip(self.agent.levels, self.replays)):
             if self.step >= c.warmup and self.step % (c.train_every * c.k ** i) == 0 and replay.starts:
-                with autocast(self.config):
-                    self.log.add(self.step, i, level.update(self.batch(i)))
-                self.discretised = self.agent.discretise()
+                with autocast(c):
+                    metrics = level.update(self.batch(i))
+                self.log.add(self.step, i, metrics)
+                with torch.no_grad():
+                    self.discretised[i] = level.world_model.sequence.discretise()
                 self.updates[i] += 1
 
     def batch(self, i):
-        """A batch from the replay of level i, on the device."""
-        return {name: torch.from_numpy(array).to(self.config.device, non_blocking=True)
-                for name, array in self.replays[i].sample(self.config.batch_size).items()}
+        """A batch from the replay of level i, on the device. A GPU fetches pinned memory without being
+        waited for."""
+        batch = {name: torch.from_numpy(a) for name, a in self.replays[i].sample(self.config.batch_size).items()}
+        if self.config.device.startswith("cuda"):
+            batch = {name: tensor.pin_memory().to(self.config.device, non_blocking=True)
+                     for name, tensor in batch.items()}
+        return batch
+
+    def write_log(self):
+        """The means over the updates since the last line, and the speed."""
+        self.log.flush(self.step)
+        begin, self.since = self.since, time.perf_counter()
+        self.seconds += self.since - begin
+        self.log.write(self.step, {"seconds/total": self.seconds,
+                                   "fps/policy": (self.step - self.logged) / (self.since - begin)})
+        self.logged = self.step
 
     def save(self):
-        """Write a checkpoint. The old one stays valid until the new one is complete and takes its name."""
+        """Write a checkpoint. The old one stays valid until the new one is complete and takes its name: every
+        file is on the disk by then, and what only the old one needs is deleted after."""
         self.log.means(self.step)  # nothing that is not finite gets into a checkpoint
-        self.directory.mkdir(parents=True, exist_ok=True)
         for i, replay in enumerate(self.replays):
             replay.save(self.directory / f"replay-{i}")
         checkpoint = {
@@ -485,9 +644,8 @@ class Run:
             "memory": self.memory, "now": self.now, "env": self.env.get_state(), "log": self.log.state(),
             "rng": self.rng.bit_generator.state, "torch_rng": torch.get_rng_state(),
             "cuda_rng": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
-            "replay_totals": [replay.total for replay in self.replays], "step": self.step,
-            "seconds": self.seconds, "score": self.score, "curve": self.curve, "updates": self.updates,
-        }
+            "replay_totals": [replay.total for replay in self.replays], "step": self.step, "score": self.score,
+            "seconds": self.seconds, "curve": self.curve, "updates": self.updates, "commits": self.commits}
         try:
             with replacing(self.directory / "checkpoint.pt") as file:
                 torch.save(pack(checkpoint), file)
@@ -497,22 +655,36 @@ class Run:
             replay.prune(self.directory / f"replay-{i}")
 
     def restore(self, checkpoint):
-        """Continue where `save` was called."""
+        """Continue where `save` was called. Returns whether within the same episode."""
         self.agent.load_state_dict(checkpoint["weights"])
         self.discretised = self.agent.discretise()
         for level, states in zip(self.agent.levels, checkpoint["optimisers"]):
             for name, state in states.items():
                 level.optimisers[name].adam.load_state_dict(state)
-        for i, (replay, total) in enumerate(zip(self.replays, checkpoint["replay_totals"])):
-            replay.load(self.directory / f"replay-{i}", total)
-        for name in ("memory", "now", "step", "seconds", "score", "curve", "updates"):
-            setattr(self, name, checkpoint[name])
-        self.env.set_state(checkpoint["env"])
-        self.log.restore(checkpoint["log"])
+        past = history(checkpoint)
+        self.step, self.seconds, self.curve = past["step"], past["seconds"], past["curve"]
+        self.commits = past["commits"] + [new for new in self.commits if new not in past["commits"]]
+        self.updates = [operator.index(count) for count in checkpoint["updates"]]
+        self.memory, self.now, self.score = checkpoint["memory"], checkpoint["now"], float(checkpoint["score"])
+        observation = self.env.set_state(checkpoint["env"])
+        if observation is not None:  # the episode of the checkpoint could not be saved
+            self.now, self.score = env_step(observation, is_first=True), 0.0
+        self.agent.transitions(self.agent.act(self.memory, **self.now, discretised=self.discretised)[1])  # it fits
         self.rng.bit_generator.state = checkpoint["rng"]
         torch.set_rng_state(checkpoint["torch_rng"].cpu())
         for i, state in enumerate(checkpoint["cuda_rng"][:torch.cuda.device_count()]):
             torch.cuda.set_rng_state(state.cpu(), i)
+        for i, (replay, total) in enumerate(zip(self.replays, checkpoint["replay_totals"], strict=True)):
+            replay.load(self.directory / f"replay-{i}", total)
+        self.log.restore(checkpoint["log"], self.step)
+        self.logged, self.since = self.step, time.perf_counter()
+        return observation is None
+
+    def clear(self):
+        """Delete what a run whose first checkpoint was never completed has left in the directory."""
+        for i, replay in enumerate(self.replays):
+            replay.load(self.directory / f"replay-{i}", 0)
+        self.log.restore({"bytes": 0, "sums": {}}, 0)
 
 
 class Log:
@@ -524,49 +696,30 @@ class Log:
     """
 
     def __init__(self, directory):
-        self.path, self.file, self.board = directory / "metrics.jsonl", None, None
+        self.path, self.board = directory / "metrics.jsonl", None
         self.sums = {}  # {level: (names, sums of their values, number of updates)}
+        self.start = 0  # the first step of which this process may write
 
     def add(self, step, level, metrics):
         """Sum the metrics {name: scalar tensor} of one update of a level. On the CPU they are checked at
-        once; on a GPU looking would mean waiting, so there `flush` checks their sums."""
+        once; on a GPU looking would mean waiting, so there `flush` and `Run.save` check their sums."""
         values = torch.stack([value.float() for value in metrics.values()])
-        if values.device.type == "cpu":
-            self.check(f"at step {step}", level, dict(zip(metrics, values.tolist())))
         _, total, count = self.sums.get(level, (None, 0, 0))
         self.sums[level] = list(metrics), total + values, count + 1
-
-    def write(self, step, values, level=None):
-        """One line: {"step", "level" where there is one, name: value, ...}."""
-        if self.file is None:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            self.file = open(self.path, "a")
-            try:
-                from torch.utils.tensorboard import SummaryWriter
-                self.board = SummaryWriter(self.path.parent)
-            except ImportError:  # tensorboard is optional
-                pass
-        labels = {"step": step} if level is None else {"step": step, "level": level}
-        self.file.write(json.dumps(labels | values) + "\n")
-        self.file.flush()
-        for name, value in values.items() if self.board else ():
-            self.board.add_scalar(name if level is None else f"level_{level}/{name}", value, step)
-
-    def check(self, when, level, values):
-        """Raises FloatingPointError, with the level and the names, if one of {name: number} is not finite."""
-        wrong = [name for name, value in values.items() if not np.isfinite(value)]
-        if wrong:
-            raise FloatingPointError(f"{when}, level {level}: not finite: {', '.join(wrong)};"
-                                     f" the last checkpoint in {self.path.parent} was saved before,"
-                                     " --resume repeats what led here")
+        if values.device.type == "cpu":
+            self.means(step)
 
     def means(self, step):
-        """{level: {name: mean since the last flush}}, checked."""
-        result = {}
+        """{level: {name: mean since the last flush}}. Raises FloatingPointError if one is not finite."""
+        means = {}
         for level, (names, total, count) in self.sums.items():
-            result[level] = dict(zip([f"train/{name}" for name in names], (total / count).tolist()))
-            self.check(f"in the updates up to step {step}", level, result[level])
-        return result
+            means[level] = {f"train/{name}": mean for name, mean in zip(names, (total / count).tolist())}
+            wrong = [name for name, mean in means[level].items() if not math.isfinite(mean)]
+            if wrong:
+                raise FloatingPointError(f"up to step {step}, level {level}: not finite: {', '.join(wrong)};"
+                                         f" the last checkpoint in {self.path.parent} was saved before,"
+                                         " --resume repeats what led here")
+        return means
 
     def flush(self, step):
         """Write the mean metrics since the last flush, one line a level."""
@@ -574,18 +727,35 @@ class Log:
             self.write(step, values, level)
         self.sums = {}
 
-    def state(self):
-        """What `restore` needs: the file's length and the sums not yet written."""
-        if self.file:
-            os.fsync(self.file.fileno())
-        return {"bytes": self.path.stat().st_size if self.path.exists() else 0,
-                "sums": self.sums}
+    def write(self, step, values, level=None):
+        """One line: {"step", "level" where there is one, name: value, ...}."""
+        labels = {"step": step} if level is None else {"step": step, "level": level}
+        with open(self.path, "a") as file:
+            file.write(json.dumps(labels | values) + "\n")
+        if self.board is None:
+            try:
+                from torch.utils.tensorboard import SummaryWriter
+                # purge_step: what a killed process wrote beyond its last checkpoint is not shown.
+                self.board = SummaryWriter(self.path.parent, purge_step=self.start)
+            except Exception as error:  # it is optional, and a broken installation may raise anything
+                self.board = False
+                if not isinstance(error, ModuleNotFoundError):
+                    print(f"train.py: no TensorBoard: {type(error).__name__}, {one_line(error)}", file=sys.stderr)
+        for name, value in values.items() if self.board else ():
+            self.board.add_scalar(name if level is None else f"level_{level}/{name}", value, step)
 
-    def restore(self, state):
+    def state(self):
+        """What `restore` needs: the length of the file, which is on the disk then, and the sums."""
+        with open(self.path, "a") as file:
+            os.fsync(file.fileno())
+            return {"bytes": file.tell(), "sums": self.sums}
+
+    def restore(self, state, step):
         """Cut off the lines written after the checkpoint: the resumed run writes them again."""
-        if self.path.exists():
-            os.truncate(self.path, min(state["bytes"], self.path.stat().st_size))
-        self.sums = state["sums"]
+        self.sums, self.start = state["sums"], step + 1
+        self.means(step)  # sums that are none are noticed now
+        with open(self.path, "a") as file:
+            file.truncate(min(state["bytes"], file.tell()))
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -594,198 +764,36 @@ class Log:
 
 def train(run, progress=True):
     """Act, learn, log, save, until config.steps. Returns the number of the signal that ended it, else 0."""
-    config, stopped = run.config, []
+    config, stopped, run.since = run.config, [], time.perf_counter()
     handlers = {number: signal.signal(number, lambda number, frame: stopped.append(number))
                 for number in (signal.SIGINT, signal.SIGTERM)}
     bar = tqdm(total=config.steps, initial=run.step, unit="step", disable=not progress, dynamic_ncols=True,
                mininterval=1.0)
-    phases = dict.fromkeys(("act", "env", "train", "save"), 0.0)
-    since, logged = time.perf_counter(), run.step
     try:
         while run.step < config.steps and not stopped:
-            times = [time.perf_counter()]
-            action = run.act()
-            times.append(time.perf_counter())
+            transitions = run.act()
+            run.remember(transitions)
             if run.now["is_last"][0]:
-                run.restart()  # the last step has been stored; its action has no effect
+                run.restart()  # the last step is remembered; its action has no effect
                 continue
-            run.interact(action)
-            times.append(time.perf_counter())
-            run.train()
-            times.append(time.perf_counter())
-
-            for name, begin, end in zip(phases, times, times[1:]):
-                phases[name] += end - begin
+            run.play(int(transitions[0]["action"][0]))
+            run.learn()
             bar.update()
             if run.step % config.log_every == 0 or run.step == config.steps:
-                run.log.flush(run.step)
-                now = time.perf_counter()
-                run.log.write(run.step, {f"seconds/{name}": value for name, value in phases.items()}
-                              | {"seconds/total": run.seconds + now - since,
-                                 "fps/policy": (run.step - logged) / (now - since)})
-                run.seconds, since, logged = run.seconds + now - since, now, run.step
-                phases = dict.fromkeys(phases, 0.0)
-                scores = [score for _, score in run.curve[-10:]]
-                bar.set_postfix(score=scores[-1] if scores else "-",
-                                mean10=f"{np.mean(scores):.1f}" if scores else "-",
-                                updates=sum(run.updates), refresh=False)
+                run.write_log()
+                scores = [score for _, score in run.curve[-10:]] or [math.nan]
+                bar.set_postfix(score=scores[-1], mean10=f"{np.mean(scores):.1f}", updates=sum(run.updates),
+                                refresh=False)
             if run.step % config.save_every == 0 or run.step == config.steps:
-                begin = time.perf_counter()
                 run.save()
-                phases["save"] += time.perf_counter() - begin  # shows up in the next line
     finally:
         bar.close()
         for number, handler in handlers.items():
             signal.signal(number, handler)
     if stopped:
-        run.seconds += time.perf_counter() - since
+        run.seconds += time.perf_counter() - run.since
         run.save()
     return stopped[0] if stopped else 0
-
-
-# ------------------------------------------------------------------------------------------------------------
-# How long will it take?
-# ------------------------------------------------------------------------------------------------------------
-
-class Operations(TorchDispatchMode):
-    """Counts the tensor operations within it, backward passes included: on a GPU each is a kernel launch.
-    Views and bare allocations are not counted."""
-
-    FREE = {"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "_unsafe_view"}
-
-    def __init__(self):
-        super().__init__()
-        self.count = 0
-
-    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
-        name = operation.overloadpacket.__name__
-        self.count += operation.namespace == "aten" and not operation.is_view and name not in self.FREE
-        return operation(*args, **(kwargs or {}))
-
-
-def clock(device):
-    """Seconds; on a GPU once all that it was told to do is done."""
-    if device.startswith("cuda"):
-        torch.cuda.synchronize(device)
-    return time.perf_counter()
-
-
-def memory(device, reset=False):
-    """(held now, most held since the last reset) in MiB: by tensors on a GPU, else by the whole process;
-    zeros where the system does not tell. With reset, memory kept for later is given back first."""
-    if device.startswith("cuda"):
-        if reset:
-            torch.cuda.reset_peak_memory_stats(device)
-        held = torch.cuda.memory_allocated(device), torch.cuda.max_memory_allocated(device)
-        return tuple(number / 2 ** 20 for number in held)
-    try:
-        if reset:
-            ctypes.CDLL("libc.so.6").malloc_trim(0)
-            Path("/proc/self/clear_refs").write_text("5")
-        status = Path("/proc/self/status").read_text()
-        return tuple(int(status.split(name)[1].split()[0]) / 1024 for name in ("VmRSS:", "VmHWM:"))
-    except (OSError, AttributeError):
-        return 0, 0
-
-
-PHASES = ["world model", "imagination", "autoencoder", "actor-critic"]
-
-
-def by_phase(level, batch, measure):
-    """Make an update and return by how much measure(), a tuple of numbers, has grown in each of PHASES."""
-    marks, imagine, behaviour_loss = [measure()], level.world_model.imagine, level.behaviour_loss
-
-    def marked_imagine(*arguments):
-        marks.append(measure())
-        value = imagine(*arguments)
-        marks.append(measure())
-        return value
-
-    def marked_loss(*arguments):
-        marks.append(measure())
-        return behaviour_loss(*arguments)
-
-    level.world_model.imagine, level.behaviour_loss = marked_imagine, marked_loss
-    level.update(batch)
-    level.world_model.imagine, level.behaviour_loss = imagine, behaviour_loss
-    return np.diff(marks + [measure()], axis=0)
-
-
-def profile(run, updates=5):
-    """Measure updates of every level on real batches. Prints a table, returns all of it {name: value}.
-
-    The cost of an update in peak-GFLOP is its seconds times the speed of this machine's matrix product in the
-    same minute: a number that means the same on every machine. Medians, after two updates for warming up.
-    """
-    config, device = run.config, run.config.device
-    run.log.write = lambda *_: None  # this is no training: metrics.jsonl stays as it is
-    times = []  # [seconds of acting, of the game]
-    while not all(replay.starts for replay in run.replays) or len(times) < 200:
-        begin = clock(device)
-        action = run.act()
-        middle = clock(device)
-        run.restart() if run.now["is_last"][0] else run.interact(action)
-        times.append([middle - begin, clock(device) - middle])
-    act, env = np.mean(times[len(times) // 2:], 0)
-    a, b = torch.rand(2, 1024, 1024, device=device)
-
-    def matmul_gflops():
-        marks = [clock(device)]
-        for _ in range(5):
-            a @ b
-            marks.append(clock(device))
-        return 2 * 1024 ** 3 / np.median(np.diff(marks)) / 1e9
-
-    levels, hours = [], config.steps * (act + env) / 3600
-    print(f"{'level':>5}  {'phase':<12} {'seconds':>8} {'GFLOP':>7} {'of peak':>7} {'operations':>10}")
-    for i, level in enumerate(run.agent.levels):
-        samples, spent, speeds = [], [], []
-        before, _ = memory(device, reset=True)
-        for repeat in range(2 + updates):
-            begin = clock(device)
-            batch = run.batch(i)
-            samples.append(clock(device) - begin)
-            speeds.append(matmul_gflops())
-            with autocast(config):
-                spent.append(by_phase(level, batch, lambda: (clock(device),))[:, 0])
-        peak = memory(device)[1] - before
-        with autocast(config), FlopCounterMode(display=False) as flops, Operations() as operations:
-            work = by_phase(level, batch, lambda: (flops.get_total_flops() / 1e9, operations.count))
-        parts, speed = np.median(spent[2:], 0), float(np.median(speeds[2:]))
-        total, (gflop, count) = float(np.median(np.sum(spent[2:], 1))), work.sum(0)
-        rows = [*zip(PHASES, parts, *work.T), ("all", total, gflop, count)]
-        for name, seconds, part_gflop, part_count in rows:
-            share = part_gflop / max(seconds, 1e-9) / speed
-            print(f"{i:>5}  {name:<12} {seconds:>8.3f} {part_gflop:>7.1f} {share:>7.0%} {part_count:>10.0f}")
-        levels.append({
-            "seconds": total, "gflop": gflop, "matmul_gflops": speed, "cost": total * speed,
-            "dispatched_ops": int(count), "peak_mib": round(peak),
-            "sample_seconds": float(np.median(samples)),
-            "phases": {name: {"seconds": seconds, "gflop": part_gflop, "dispatched_ops": int(part_count)}
-                       for name, seconds, part_gflop, part_count in rows[:-1]}})
-        print(f"       level {i}: {total * speed:.0f} peak-GFLOP an update (peak {speed:.0f} GFLOP/s), memory"
-              f" {peak:.0f} MiB, sampling {1e3 * np.median(samples):.1f} ms")
-        due = (config.steps - config.warmup) / (config.train_every * config.k ** i)  # updates in all
-        hours += due * (total + float(np.median(samples))) / 3600
-    print(f"acting {1e3 * act:.1f} ms and the game {1e3 * env:.1f} ms a step; {config.steps} steps would take"
-          f" about {hours:.1f} hours on this machine, without the final evaluation")
-    return {"preset": config.preset, "device": device, "threads": torch.get_num_threads(),
-            "compile": config.compile, "precision": config.precision, "act_seconds": act, "env_seconds": env,
-            "levels": levels, "projected_hours": hours} | origin()
-
-
-def keep_freed_memory():
-    """Ask glibc to keep freed memory for the next tensor instead of returning it to the system.
-
-    By default every tensor over some hundred kB is mapped anew and zeroed page by page, which makes an update
-    on the CPU a third slower. Where there is no glibc nothing happens; on a GPU it does not matter.
-    """
-    try:
-        libc = ctypes.CDLL("libc.so.6")
-        libc.mallopt(-4, 0)  # M_MMAP_MAX: map no blocks of their own
-        libc.mallopt(-1, 2 ** 31 - 1)  # M_TRIM_THRESHOLD: give back only above 2 GiB
-    except (OSError, AttributeError):
-        pass
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -793,24 +801,33 @@ def keep_freed_memory():
 # ------------------------------------------------------------------------------------------------------------
 
 def play(agent, make_env, episodes, seed=0, progress=True):
-    """The returns of `episodes` episodes, played side by side by an agent that samples its actions.
+    """The returns of `episodes` episodes, played side by side by an agent that samples its actions; the agent
+    None plays at random.
 
     Every environment plays equally many episodes: taking the first so many that end would favour short ones.
     """
     n = max(d for d in range(1, 17) if episodes % d == 0)
     # After an episode's end the next step resets, whatever the action: the agent sees the end, then a start.
     envs = SyncVectorEnv([make_env] * n, autoreset_mode=AutoresetMode.NEXT_STEP)
+    envs.action_space.seed(seed)
     observation, _ = envs.reset(seed=seed)
-    memory, returns, score = agent.initial_memory(n), [[] for _ in range(n)], np.zeros(n)
-    discretised = agent.discretise()
+    returns, score, steps = [[] for _ in range(n)], np.zeros(n), 0
     reward, first, last, terminal = np.zeros(n), np.ones(n, bool), np.zeros(n, bool), np.zeros(n, bool)
-    with tqdm(total=episodes, desc="evaluation", unit="episode", disable=not progress,
-              dynamic_ncols=True) as bar:
+    memory, discretised = (agent.initial_memory(n), agent.discretise()) if agent else (None, None)
+    limit = episodes * getattr(envs.envs[0], "max_steps", 0)  # steps in all
+    with tqdm(total=episodes, desc="evaluation" if agent else "random play", unit="episode", miniters=0,
+              mininterval=1.0, disable=not progress, dynamic_ncols=True) as bar:
         while min(map(len, returns)) < episodes // n:
-            memory, action, _ = agent.act(memory, observation, reward, first, last, terminal, discretised)
+            action = envs.action_space.sample()
+            if agent:
+                memory, ticks = agent.act(memory, observation, reward, first, last, terminal, discretised)
+                action = ticks[0]["action"].argmax(-1).cpu().numpy()
             observation, reward, terminal, truncated, _ = envs.step(action)
             first, last = last, terminal | truncated
-            score += reward
+            score, steps = score + reward, steps + n
+            # The first episode may take long: the bar counts steps too, and says how many it may take.
+            bar.set_postfix_str(f"{steps:,} steps" + f" of at most {limit:,}" * bool(limit), False)
+            bar.update(0)
             for i in np.flatnonzero(last):
                 if len(returns[i]) < episodes // n:
                     returns[i].append(float(score[i]))
@@ -820,33 +837,54 @@ def play(agent, make_env, episodes, seed=0, progress=True):
     return sum(returns, [])
 
 
+def evaluation(config, agent, history, episodes, seed, progress=True):
+    """The `result` of playing now. Games without published scores are played at random too, to compare.
+    history: what `history` returns."""
+    make, random_returns = functools.partial(make_env, config.game), None
+    with autocast(config):
+        returns = play(agent, make, episodes, seed, progress)
+    if config.game not in atari_games():
+        random_returns = play(None, make, 20, seed, progress)
+    return result(config, returns, seed, random_returns=random_returns, **history)
+
+
+@functools.cache  # asked when a run begins: that code is running, whatever is committed meanwhile
 def origin():
-    """The command and the commit that a result comes from."""
+    """What a result comes from: command, commit, whether files were changed since it ("dirty"), versions."""
     try:
-        commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=Path(__file__).parent,
-                                capture_output=True, text=True, check=True).stdout.strip()
+        commit = subprocess.run(["git", "describe", "--always", "--dirty=+", "--exclude=*"], text=True, check=True,
+                                cwd=Path(__file__).parent, capture_output=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         commit = "unknown"
-    return {"command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]), "commit": commit}
+    versions = {"python": sys.version.split()[0], "torch": torch.__version__, "numpy": np.__version__,
+                "gymnasium": gymnasium.__version__, "ale-py": ale_py.__version__}
+    return {"command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]), "commit": commit.rstrip("+"),
+            "dirty": commit.endswith("+"), "versions": versions}
 
 
-def result(config, step, seconds, curve, returns):
-    """What is known of a run, ready for a JSON file: settings other than the preset's, learning curve, final
-    returns, command."""
-    usual = dataclasses.asdict(Config()) | PRESETS[config.preset]
-    settings = {name: value for name, value in dataclasses.asdict(config).items() if value != usual[name]
+def result(config, returns, seed, step, seconds, curve, commits, random_returns=None):
+    """What is known of a run, ready for a JSON file. returns: of its evaluation with that seed."""
+    def statistics(returns):
+        error = float(np.std(returns, ddof=1) / len(returns) ** 0.5) if len(returns) > 1 else None
+        return {"mean": float(np.mean(returns)), "standard_error": error, "returns": returns}
+
+    usual, everything = dataclasses.asdict(Config()) | PRESETS[config.preset], dataclasses.asdict(config)
+    settings = {name: value for name, value in everything.items() if value != usual[name]
                 and name not in RESUMABLE | {"game", "preset", "seed", "logdir", "levels"}}
     random, human = REFERENCE.get(config.game, (None, None))
-    mean = float(np.mean(returns))
-    error = float(np.std(returns, ddof=1) / len(returns) ** 0.5) if len(returns) > 1 else None
+    score, device = statistics(returns), config.device
+    protocol = f"{len(returns)} episodes, sampled actions"
+    if config.game in atari_games():
+        protocol += (f", action repeat {Atari.REPEAT}, up to {Atari.NOOPS} no-ops, no sticky actions, at most"
+                     f" {Atari.MAX_FRAMES} frames")
     return {"game": config.game, "levels": config.levels, "seed": config.seed, "preset": config.preset,
-            "settings": settings, "agent_steps": step, "hours": round(seconds / 3600, 3),
-            "mean": mean, "median": float(np.median(returns)), "standard_error": error,
-            "random": random, "human": human,
-            "human_normalised": None if human is None else (mean - random) / (human - random),
-            "protocol": f"{len(returns)} episodes, sampled actions, action repeat {Atari.REPEAT},"
-                        f" up to {Atari.NOOPS} no-ops, no sticky actions, at most {Atari.MAX_FRAMES} frames",
-            "returns": returns, "curve": curve} | origin()
+            "settings": settings, "agent_steps": step, "hours": round(seconds / 3600, 3)} | score | {
+            "median": float(np.median(returns)), "random": random, "human": human,
+            "human_normalised": None if human is None else (score["mean"] - random) / (human - random),
+            "random_measured": random_returns and statistics(random_returns), "protocol": protocol,
+            "evaluation_seed": seed, "threads": torch.get_num_threads(), "trained_by": commits,
+            "device": torch.cuda.get_device_name(device) if device.startswith("cuda") else device,
+            "config": everything, "curve": curve} | origin()
 
 
 def report(summary):
@@ -857,6 +895,8 @@ def report(summary):
     if summary["human"] is not None:
         line += (f"; random {summary['random']}, human {summary['human']} (published): human-normalised"
                  f" {summary['human_normalised']:.3f}")
+    if summary["random_measured"]:
+        line += "; random play {mean:.1f} +- {standard_error:.1f} (20 episodes)".format(**summary["random_measured"])
     return line
 
 
@@ -869,67 +909,113 @@ def write_json(value, file):
             opened.write((json.dumps(value, indent=1) + "\n").encode())
 
 
+# ------------------------------------------------------------------------------------------------------------
+# The command line
+# ------------------------------------------------------------------------------------------------------------
+
+class Stream:
+    """The standard output or error, on which nothing depends: where its reader is gone (a closed terminal, a
+    broken pipe), the run goes on unseen."""
+
+    def __init__(self, stream):
+        self.stream = stream
+
+    def __getattr__(self, name):
+        return getattr(self.stream, name)
+
+    def write(self, text):
+        with contextlib.suppress(OSError):
+            self.stream.write(text)
+            self.stream.flush()
+
+    def flush(self):
+        pass
+
+
+def keep_freed_memory():
+    """Ask glibc to keep freed memory for the next tensor. Else every tensor over some hundred kB is mapped anew
+    and zeroed page by page, which makes an update on the CPU a third slower."""
+    try:
+        libc = ctypes.CDLL("libc.so.6")
+        libc.mallopt(-4, 0)  # M_MMAP_MAX: map no blocks of their own
+        libc.mallopt(-1, 2 ** 31 - 1)  # M_TRIM_THRESHOLD: give back only above 2 GiB
+    except (OSError, AttributeError):  # no glibc
+        pass
+
+
+def resumed(path, given, device):
+    """(Run of a checkpoint, with what the command line may change; whether within the same episode)."""
+    with trusting(path):
+        checkpoint = load_checkpoint(path, device)
+        stored = checkpoint["config"]
+        config = make_config(stored | given | {"logdir": str(path.parent), "device": device})
+        for name, value in dataclasses.asdict(config).items():
+            if name not in RESUMABLE and value != stored.get(name, value):
+                raise UsageError(f"--{name} {value} contradicts the run, which has {stored[name]}")
+        run = Run(config, make_env(config.game))
+        return run, run.restore(checkpoint)
+
+
 def main(argv):
     """The command line. Returns the exit code."""
     keep_freed_memory()
-    given, resume, profiling = parse_config(argv)
-    if resume:
-        where = {name: given[name] for name in given.keys() & {"game", "seed", "logdir", "device"}}
-        where = make_config(where)
-        path = Path(where.logdir) / "checkpoint.pt"
-        with trusting(path):
-            checkpoint = load_checkpoint(path, where.device)
-            stored = checkpoint["config"]
-            config = make_config(stored | given | {"logdir": where.logdir, "device": where.device})
-            for name, value in dataclasses.asdict(config).items():
-                if name not in RESUMABLE and value != stored.get(name, value):
-                    raise UsageError(f"--{name} {value} contradicts the run, which has {stored[name]}")
-            run = Run(config, Atari(config.game))
-            run.restore(checkpoint)
-            del checkpoint  # all of it is in the run now
-    else:
-        config = make_config(given)
-        if profiling and "logdir" not in given:
-            config.logdir += "-profile"
-        if Path(config.logdir).is_dir() and any(Path(config.logdir).iterdir()):
-            raise UsageError(f"{config.logdir} already exists:"
-                             " add --resume to continue it, or choose another --logdir")
-        run = Run(config, Atari(config.game))
-        try:
-            # From now on there is something to resume.
-            run.directory.mkdir(parents=True, exist_ok=True) if profiling else run.save()
-        except OSError as error:
-            raise UsageError(f"--logdir {config.logdir} cannot be used: {error.strerror}")
+    given, resume = parse_config(argv)
+    place = make_config({name: given[name] for name in given.keys() & {"game", "seed", "logdir", "device"}})
+    directory, note = Path(place.logdir), ""
+    again = f"python train.py --logdir {shlex.quote(str(directory))} --resume"
+    try:
+        new = not (directory / "checkpoint.pt").exists()
+        # What a run leaves that was killed, or met a full disk, before its first checkpoint.
+        ours = re.compile(r"replay-\d+|metrics\.jsonl|writing\.tmp|lock|events\.out\.tfevents\..*")
+        if new and directory.is_dir() and not all(ours.fullmatch(path.name) for path in directory.iterdir()):
+            raise UsageError(f"{directory}/checkpoint.pt does not exist, other files do: this is no run" * resume
+                             or f"{directory} already exists and is no run: choose another --logdir")
+        if not new and not resume:
+            raise UsageError(f"{directory} already exists: add --resume to continue, or choose another --logdir")
+        if new:
+            run = Run(make_config(given), make_env(place.game))
+        with alone_in(directory):
+            if new:
+                run.clear()
+                run.save()  # from now on there is something to resume
+            else:
+                run, same = resumed(directory / "checkpoint.pt", given, place.device)
+                note = f", resumed at step {run.step}" + f", in a new episode: {run.config.game} saves none" * (not same)
+            return finish(run, note, again)
+    except OSError as error:
+        raise UsageError(f"--logdir {directory} cannot be used: {error.strerror or error}")
+
+
+def finish(run, note, again):
+    """Train a run to its end and score it. Returns the exit code."""
+    config, directory = run.config, run.directory
     parameters = sum(p.numel() for name, p in run.agent.named_parameters() if "slow" not in name)
-    print(f"Hieros: {config.game}, preset {config.preset}, {config.levels} levels,"
-          f" {parameters / 1e6:.1f} M parameters, device {config.device}, writing to {config.logdir}"
-          + (f", resumed at step {run.step}" if resume else ""))
-    if profiling:
-        summary = profile(run)
-        write_json(summary, run.directory / "profile.json")
-        return 0
+    precision = "float32" if (config.precision, config.device) == ("tf32", "cpu") else config.precision
+    print(f"Hieros: {config.game}, preset {config.preset}, {config.levels} levels, {parameters / 1e6:.1f} M"
+          f" parameters, device {config.device}, {precision}, writing to {directory}{note}")
     try:
         number = train(run)
         if number:
-            print(f"stopped at step {run.step}, saved;"
-                  f" continue with: python train.py --logdir {config.logdir} --resume")
+            print(f"stopped at step {run.step}, saved; continue with: {again}")
             return 128 + number
-        with autocast(config):
-            returns = play(run.agent, lambda: Atari(config.game), config.eval_episodes, config.seed)
-        summary = result(config, run.step, run.seconds, run.curve, returns)
+        open(directory / "writing.tmp", "wb").close()  # if it cannot be written, better to know before playing
+        past = {name: getattr(run, name) for name in ("step", "seconds", "curve", "commits")}
+        summary = evaluation(config, run.agent, past, config.eval_episodes, config.seed)
+        write_json(summary, directory / "evaluation.json")
         print(report(summary))
-        write_json(summary, run.directory / "evaluation.json")
+        return 0
+    except UsageError as error:
+        raise UsageError(f"{error}; the last checkpoint in {directory} stays")
     except OSError as error:
-        raise UsageError(f"{config.logdir} cannot be written ({error.strerror});"
-                         " its last checkpoint is intact: make room, then"
-                         f" python train.py --logdir {config.logdir} --resume")
+        raise UsageError(f"{directory} cannot be written ({error.strerror or error});"
+                         f" its last checkpoint is intact: make room, then {again}")
     except FloatingPointError as error:
         print(f"train.py: {error}", file=sys.stderr)
         return 1
-    return 0
 
 
 if __name__ == "__main__":
+    sys.stdout, sys.stderr = Stream(sys.stdout), Stream(sys.stderr)
     try:
         sys.exit(main(sys.argv[1:]))
     except UsageError as error:
