@@ -266,7 +266,7 @@ def test_symlog_and_twohot_round_trip():
 
 
 def test_rare_large_rewards_count_in_full():
-    """What is learned from 100 in one case of ten is 10, the expected reward, and not what is usual; bfloat16,
+    """What is learned from 100 in one case of ten is 10, the expected reward, not what is usual; bfloat16,
     as coarse as the numbers are apart, does not round it."""
     twohot = TwoHot()
     logits, rewards = twohot.first_logits(zero=8.0), torch.tensor([100.0] + 9 * [0.0])
@@ -816,7 +816,7 @@ def test_acting_leaves_the_memory_it_was_given_alone():
 
 
 def test_an_episode_that_was_broken_off_leaves_nothing(fixed_draws):
-    """A start that follows no end is a start: states, clocks, rewards and subgoals are those of a new agent."""
+    """A start that follows no end is a start: states, clocks, rewards, subgoals are those of a new agent."""
     agent, after = lively(small()), []
     for steps in (0, 6):
         memory, reward = agent.initial_memory(1), np.float32([1])
