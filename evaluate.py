@@ -59,7 +59,8 @@ def rollout(agent, env, steps, seed):
     for _ in range(steps):
         memory, ticks = agent.act(memory, **now, discretised=discretised)
         yield now, memory, ticks
-        if now["is_last"][0]:  # this step's action has no effect
+        # The agent sees an episode's last step, too; what it chooses there has no effect.
+        if now["is_last"][0]:
             now = env_step(env.reset()[0], is_first=True)
         else:
             observation, reward, terminated, truncated, _ = env.step(int(ticks[0]["action"].argmax()))
@@ -162,6 +163,7 @@ def film(agent, env, game, seed, path, steps=300, restart=45):
             frames.append(draw_frame(title, [(env.render(), ("the game", "the agent sees numbers"))]))
             continue
         state = ticks[0]["state"]
+        # Level 0's world model alone, x, z and h of its own: what the eyes see does not reach it.
         if now["is_first"][0] or blind == restart:
             dream, blind = state, 0
         else:
@@ -186,6 +188,7 @@ def film(agent, env, game, seed, path, steps=300, restart=45):
 # Many runs beside published ones
 # ------------------------------------------------------------------------------------------------------------
 
+# The conventions of rliable, Agarwal et al. 2021, arXiv 2108.13264.
 AGGREGATES = ("mean", "median", "IQM", "optimality gap")  # more is better; of the gap, less
 
 # Settings that came and went, so that files from before or after lack them, and the value at which each does
@@ -197,13 +200,11 @@ def read_published():
     """{method: {game: [score]}} of results/published.csv, whose head names the sources; {} without the file.
     A column more in that file is a method more in every table."""
     path = Path(__file__).parent / "results" / "published.csv"
-    lines = path.read_text().splitlines() if path.exists() else ["game"]
-    rows = csv.DictReader(line for line in lines if not line.startswith("#"))
-    methods = {method: {} for method in rows.fieldnames if method != "game"}
-    for row in rows:
-        for method, games in methods.items():
-            games |= {row["game"]: [float(row[method])]} if row[method] else {}
-    return methods
+    if not path.exists():
+        return {}
+    rows = list(csv.DictReader(line for line in path.read_text().splitlines() if not line.startswith("#")))
+    return {method: {row["game"]: [float(row[method])] for row in rows if row[method]}
+            for method in rows[0] if method != "game"}
 
 
 def human_normalised(scores):
@@ -214,13 +215,11 @@ def human_normalised(scores):
 
 
 def aggregate(scores):
-    """(4,) AGGREGATES of human-normalised scores, a list of (runs,) arrays, one a game, as rliable defines
-    them.
+    """(4,) AGGREGATES of human-normalised scores, a list of (runs,) arrays, one a game.
 
-    Agarwal et al. 2021, arXiv 2108.13264: mean and median are those of the games' means; the interquartile
-    mean leaves out the lowest and the highest quarter of all runs of all games; the optimality gap is the
-    mean of max(0, 1 - score). Where games have unequally many runs, runs are repeated until all have equally
-    many, so that every game weighs the same.
+    Mean and median are those of the games' means; the interquartile mean leaves out the lowest and the
+    highest quarter of all runs of all games; the optimality gap is the mean of max(0, 1 - score). Where games
+    have unequally many runs, runs are repeated until all have equally many: every game weighs the same.
     """
     games, runs = [np.mean(s) for s in scores], math.lcm(*map(len, scores))
     pooled = np.sort(np.concatenate([np.repeat(s, runs // len(s)) for s in scores]))
@@ -253,6 +252,7 @@ def group_title(run):
         config, usual = ({name: "float32" if value == "tf32" else value for name, value in settings.items()}
                          for settings in (config, usual))
     words = [f"preset {run['preset']}", f"levels {run['levels']}", f"{run['agent_steps']:,} agent steps"]
+    # What --resume may change, such as the name of the directory, makes no other agent.
     for name in sorted((config.keys() | usual.keys()) - RESUMABLE - {"game", "seed", "preset", "levels"}):
         if config.get(name) != usual.get(name):
             words.append(f"{name} {config.get(name, 'unknown')}")
@@ -291,7 +291,7 @@ def load_results(paths):
             reason = f"{type(error).__name__}, {error}"
             raise UsageError(f"{path} is not a result of this program: {reason}") from error
         first = runs.setdefault((group, run["game"], run["seed"]), run)
-        if first is not run:
+        if first is not run:  # it would count twice
             raise UsageError(f"{path} and {first['path']} are the same run:"
                              f" {run['game']}, seed {run['seed']}, {group}")
     for (group, game, _), run in sorted(runs.items(), key=lambda item: item[0]):
@@ -317,6 +317,7 @@ def summarise(groups):
                           "episodes_se": None if None in errors else float(np.mean(errors)),
                           "human_normalised": float(ours[game].mean()) if game in ours else None,
                           "random_measured": runs[0].get("random_measured")}
+        # Aggregates over unlike sets of games cannot be compared: only methods that know all of ours.
         methods = {"here": ours} | published
         methods = {name: [theirs[game] for game in ours] for name, theirs in methods.items()
                    if ours and theirs.keys() >= ours.keys()}
@@ -367,9 +368,8 @@ def print_table(summary):
               "\nOf published methods only means are known: their IQM and gap are of games, not of runs.\n")
         rows = [[name, *(cell(value, 3) for value in values.values())]
                 for name, values in summary["aggregates"].items()]
-        if summary["interval"]:
-            ends = [f"{low:.3f} to {high:.3f}" for low, high in summary["interval"].values()]
-            rows.insert(1, ["95% interval", *ends])
+        ends = [f"{low:.3f} to {high:.3f}" for low, high in (summary["interval"] or {}).values()]
+        rows[1:1] = [["95% interval", *ends]] if ends else []
         print_rows(["", *AGGREGATES], *rows)
 
 
@@ -388,22 +388,17 @@ exit codes: 0 done; 2 the command or a file is wrong, one line on the standard e
 """
 
 
-def writable(suffix):
-    """The type of an argument that names a file to write, of JSON also "-", the standard output. Raises
-    UsageError, before any work is done, where it cannot be written."""
-    def check(path):
-        if str(path) == "-" and suffix == ".json":
-            return path
-        if Path(path).suffix != suffix:  # above all, no typing error may overwrite a checkpoint
-            raise UsageError(f"{path}: the name must end in {suffix}")
-        if Path(path).is_dir():
-            raise UsageError(f"{path} cannot be written: it is a directory")
-        try:
-            tempfile.TemporaryFile(dir=Path(path).parent).close()
-        except OSError as error:
-            raise UsageError(f"{path} cannot be written: {error.strerror}") from error
-        return path
-    return check
+def writable(path, suffix):
+    """The name of a file to write. Raises UsageError, before any work is done, where it cannot be written."""
+    if Path(path).suffix != suffix:  # above all, no typing error may overwrite a checkpoint
+        raise UsageError(f"{path}: the name must end in {suffix}")
+    if Path(path).is_dir():
+        raise UsageError(f"{path} cannot be written: it is a directory")
+    try:  # whether a file can be made there is best known by making one
+        tempfile.TemporaryFile(dir=Path(path).parent).close()
+    except OSError as error:
+        raise UsageError(f"{path} cannot be written: {error.strerror}") from error
+    return path
 
 
 def parse(argv):
@@ -413,13 +408,14 @@ def parse(argv):
                     formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     parser.add_argument("paths", nargs="*", metavar="RUN|RESULT.json",
                         help="the directory of a run, or the result files of many runs")
-    parser.add_argument("--json", type=writable(".json"), metavar="FILE",
+    parser.add_argument("--json", metavar="FILE",
+                        type=lambda path: path if path == "-" else writable(path, ".json"),
                         help="where score or table go as JSON; - prints it and nothing else. By default a"
                         " score goes to RUN/evaluation-stepSTEP-seedSEED-EPISODES.json")
     add = parser.add_argument_group("one run").add_argument
     add("--episodes", type=int, metavar="N", help="play N episodes and score them (default: 100; with --video"
         " none, unless asked for by this flag or --json)")
-    add("--video", type=writable(".gif"), metavar="FILE.gif",
+    add("--video", type=lambda path: writable(path, ".gif"), metavar="FILE.gif",
         help="film: the game, its reconstruction, a dream, the subgoals and their novelty")
     add("--seed", type=int, default=0, metavar="N", help="seed of what is played here (default: 0)")
     add("--device", default="auto", metavar="NAME", help="auto, cpu, cuda, cuda:1, ... (default: auto)")
@@ -429,10 +425,9 @@ def parse(argv):
 
     if args.table and (args.video or args.episodes is not None):
         raise UsageError("--table is about many runs, --video and --episodes about one: use two commands")
-    if args.table and not args.paths:
-        raise UsageError("--table needs result files, for example runs/*/evaluation.json")
-    if not args.table and len(args.paths) != 1:
-        raise UsageError("name one directory of a run, for example runs/pong-0")
+    if not args.paths or (len(args.paths) > 1 and not args.table):
+        raise UsageError("--table needs result files, for example runs/*/evaluation.json" if args.table else
+                         "name one directory of a run, for example runs/pong-0")
     if args.json == "-" and args.video:
         raise UsageError("--json - prints nothing but the score: make the film by another command")
     if args.episodes is not None and args.episodes < 1:
@@ -454,7 +449,7 @@ def one_run(args):
             episodes = args.episodes or 100
             # A name that says what was played overwrites no other score, least of all what training wrote.
             name = f"evaluation-step{past['step']}-seed{args.seed}-{episodes}.json"
-            file = args.json or writable(".json")(directory / name)
+            file = args.json or writable(directory / name, ".json")
             summary = evaluation(config, agent, past, episodes, args.seed)
             write_json(summary, file)  # before it is printed: the terminal may have gone away
             if file != "-":

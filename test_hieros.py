@@ -2418,7 +2418,7 @@ def groups(*files):
 def test_evaluation_of_a_run(tmp_path, capsys):
     """A saved run plays as many episodes as asked; its score goes to a file named after what was played, and
     what training wrote stays as it is; with --json - the standard output is that JSON and nothing else. The
-    same seed gives the same score, another one another. The checkpoint itself may be named."""
+    same seed gives the same score. The checkpoint itself may be named."""
     untrained_run(tmp_path)
     (tmp_path / "evaluation.json").write_text("written by training")
     assert evaluate.main([str(tmp_path), "--episodes", "1", "--seed", "1"]) == 0
@@ -2440,11 +2440,12 @@ def test_a_score_is_written_before_it_is_printed_and_its_file_tried_before_it_is
     untrained_run(tmp_path)
     played = []
     monkeypatch.setattr(evaluate, "evaluation", lambda config, agent, past, episodes, seed: (
-        played.append(episodes) or train.result(config, [1.0] * episodes, seed, **past)))
+        played.append(torch.initial_seed()) or train.result(config, [1.0] * episodes, seed, **past)))
     monkeypatch.setattr("builtins.print", lambda *args: (_ for _ in ()).throw(BrokenPipeError(32, "gone")))
     with pytest.raises(train.UsageError, match="gone"):
-        evaluate.main([str(tmp_path), "--episodes", "3"])
-    assert json.loads((tmp_path / "evaluation-step0-seed0-3.json").read_text())["mean"] == 1.0
+        evaluate.main([str(tmp_path), "--episodes", "3", "--seed", "7"])
+    assert json.loads((tmp_path / "evaluation-step0-seed7-3.json").read_text())["mean"] == 1.0
+    assert played == [7]  # actions are drawn by the seed that was asked for
     monkeypatch.undo()
     monkeypatch.setattr(evaluate, "evaluation", lambda *args: pytest.fail("played for nothing"))
     for place in ("/proc/a.json", str(tmp_path / "nowhere" / "a.json")):
@@ -2527,13 +2528,15 @@ def test_own_games_are_evaluated_and_filmed(own_games, tmp_path, monkeypatch, ca
     """An environment that observes numbers gets a score beside that of random play, measured in the same
     evaluation, also in the table; its film shows its own frames, and where it has none, one line says why."""
     pytest.importorskip("PIL")
-    frames, drawn = [], evaluate.draw_frame
-    monkeypatch.setattr(evaluate, "draw_frame", lambda *args: frames.append(args[1]) or drawn(*args))
+    titles, frames, drawn = [], [], evaluate.draw_frame
+    monkeypatch.setattr(evaluate, "draw_frame", lambda title, panels: (
+        titles.append(title) or frames.append(panels) or drawn(title, panels)))
     untrained_run(tmp_path / "run", "Echo-v0")
     evaluate.main([str(tmp_path / "run"), "--video", str(tmp_path / "a.gif"), "--episodes", "2"])
     assert "Echo-v0 after 0 steps: score 6.0" in capsys.readouterr().out
     assert [panels[0][0].shape for panels in frames[:8]] == 8 * [(40, 80, 3)] and len(frames) == 300
     assert [panels[0][0][0, 0, 0] for panels in frames[:9]] == [0, 1, 2, 3, 4, 5, 6, 0, 1]
+    assert [title.split("score ")[1] for title in titles[:9]] == ["0", "1", "2", "3", "4", "5", "6", "0", "1"]
     evaluate.main(["--table", str(tmp_path / "run" / "evaluation-step0-seed0-2.json")])
     assert "Echo-v0 is not of Atari 100k and in no aggregate; random play, measured here: 6.0" in (
         capsys.readouterr().out)
@@ -2737,6 +2740,25 @@ def test_film_shows_subgoals_at_their_own_pace(monkeypatch):
         assert changes == list(range(pace, 40, pace))
 
 
+def test_film_draws_each_goal_from_the_state_in_which_it_was_set(monkeypatch):
+    """The picture of level i's goal is decoded from level i's z of that moment and from its goal's place in
+    h-space, by level i's own autoencoder."""
+    agent, memories, drawn = small(3, (64, 64, 3), 6), [], []
+    act = agent.act
+    agent.act = lambda *args, **now: memories.append(act(*args, **now)) or memories[-1]
+    monkeypatch.setattr(evaluate, "state_image",
+                        lambda agent, i, z, h: drawn.append((len(memories), i, z, h)))
+    record_film(monkeypatch, agent, train.Atari("pong"), steps=17)
+    for t, (memory, _) in enumerate(memories):
+        *goals, reconstruction, dream = [own for when, *own in drawn if when == t + 1]
+        assert [i for i, _, _ in goals] == [0] * (t % 4 == 0) + [1] * (t % 16 == 0)
+        for i, z, h in goals:
+            held = memory["levels"][i]
+            with torch.inference_mode():
+                g_h = agent.levels[i].autoencoder.decode(held["subgoal"])
+            assert z is held["z"] and torch.equal(h, g_h)
+
+
 def test_film_dream_starts_from_the_truth_and_then_sees_nothing(monkeypatch):
     """The dream of the film equals the reconstruction where it restarts, and whatever the game shows
     afterwards leaves it unchanged; the actions do change it."""
@@ -2794,8 +2816,8 @@ def test_aggregates_by_hand():
     """Mean and median are those of the games' means, the interquartile mean leaves out a quarter of all runs
     at each end, the optimality gap counts what is missing to 1; all games weigh the same, however many runs
     they have."""
-    scores = [np.array([0.0, 0.2, 0.4, 0.6]), np.array([0.8, 1.0, 1.2, 5.0])]
-    expected = [(0.3 + 2.0) / 2, (0.3 + 2.0) / 2,
+    scores = [np.array([0.0, 0.2, 0.4, 0.6]), np.array([0.8, 1.0, 1.4, 5.0])]
+    expected = [(0.3 + 2.05) / 2, (0.3 + 2.05) / 2,
                 (0.4 + 0.6 + 0.8 + 1.0) / 4, (1.0 + 0.8 + 0.6 + 0.4 + 0.2) / 8]
     assert np.allclose(evaluate.aggregate(scores), expected)
     assert np.allclose(evaluate.aggregate([scores[0], np.tile(scores[1], 3)]), expected)

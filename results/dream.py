@@ -50,7 +50,7 @@ def dream(agent, env, seed=0, context=45, steps=225):
 
 def main(directory, path):
     """The film of the run in a directory."""
-    writable(".gif")(path)
+    writable(path, ".gif")
     config, agent, _ = load_run(directory, "auto")
     torch.manual_seed(0)
     with torch.inference_mode(), autocast(config):

@@ -2,8 +2,8 @@
 
 From 32 sequences of newly played episodes the model sees 5 steps and then imagines 60, told the true actions.
 ERROR.png and the printed table: mean squared error a pixel by the dream's length, beside two predictors that
-know nothing of the game: the last frame seen, repeated; and the mean of all frames, the future ones included,
-which nobody could know. STRIP.png: true frames above imagined ones of one sequence.
+know nothing of the game: the last frame seen, repeated; and the mean of all frames, which nobody could know.
+STRIP.png: true frames above imagined ones of one sequence.
 """
 import sys
 from pathlib import Path
@@ -19,8 +19,8 @@ CONTEXT, HORIZON = 5, 60  # steps seen, steps imagined
 
 
 def fresh_sequences(agent, env, seed, count=32, length=CONTEXT + HORIZON):
-    """`count` sequences of `length` steps of newly played episodes: observation, action, is_first. None runs
-    over an episode's end, since nobody could foresee the next episode's start."""
+    """observation, action, is_first of `count` new sequences of `length` steps. None runs over an episode's
+    end, since nobody could foresee the next episode's start."""
     sequences, steps = [], []
     for now, memory, _ in rollout(agent, env, 10 * count * length, seed):
         steps = [] if now["is_first"][0] else steps
@@ -41,21 +41,18 @@ def open_loop_error(truth, imagined):
     future = truth[:, CONTEXT:]
     guesses = {"dream": imagined[:, CONTEXT:], "last frame, repeated": truth[:, CONTEXT - 1:CONTEXT],
                "mean frame": truth.mean((0, 1))}
-    return {name: (guess - future).square().mean((0, 2, 3, 4)).cpu().numpy()
-            for name, guess in guesses.items()}
+    return {name: (own - future).square().mean((0, 2, 3, 4)).cpu().numpy() for name, own in guesses.items()}
 
 
 def draw(truth, imagined, game, error_path, strip_path, columns=(0, 1, 2, 5, 10, 15, 20, 30, 45, 60)):
     """Both pictures and the table, which has four points of each curve."""
     from matplotlib.figure import Figure
     figure, points = Figure((6, 4), layout="constrained"), [5, 15, 30, 60]
-    axis = figure.add_subplot(title=f"{game}: how long do dreams stay true?",
-                              xlabel="steps since the last frame seen", ylabel="mean squared error a pixel")
+    axis = figure.add_subplot(title=game, xlabel="steps imagined", ylabel="mean squared error a pixel")
     print("mean squared error after   " + "".join(f"{f'{n} steps':>10}" for n in points))
     for (name, error), style in zip(open_loop_error(truth, imagined).items(), ("-", "--", ":")):
         axis.plot(range(1, len(error) + 1), error, style, label=name)
         print(f"{name:<27}" + "".join(f"{error[n - 1]:>10.5f}" for n in points))
-    axis.set_ylim(0)
     axis.legend()
     figure.savefig(error_path, dpi=120)
     figure = Figure((len(columns), 2.6), layout="constrained")
@@ -70,13 +67,13 @@ def draw(truth, imagined, game, error_path, strip_path, columns=(0, 1, 2, 5, 10,
 
 def main(directory, error_path, strip_path):
     """The pictures of the run in a directory."""
-    paths = writable(".png")(error_path), writable(".png")(strip_path)
+    writable(error_path, ".png"), writable(strip_path, ".png")
     config, agent, _ = load_run(directory, "auto")
     torch.manual_seed(0)
     with torch.inference_mode(), autocast(config):
         batch = fresh_sequences(agent, make_env(config.game), 0)
         imagined = agent.levels[0].world_model.open_loop(*batch, CONTEXT)
-    draw(batch[0], imagined, config.game, *paths)
+    draw(batch[0], imagined, config.game, error_path, strip_path)
 
 
 if __name__ == "__main__":

@@ -51,7 +51,7 @@ def subgoal_study(agent, env, seed, steps=4000):
 
 def main(directory, out):
     """The study of the run in a directory, to a JSON file and as a table."""
-    writable(".json")(out)
+    writable(out, ".json")
     config, agent, history = load_run(directory, "auto")
     if config.levels == 1:
         raise UsageError(f"{directory} was trained with --levels 1 and has no subgoals")
