@@ -234,7 +234,7 @@ def test_shapes_that_do_not_fit_name_both():
 # ------------------------------------------------------------------------------------------------------------
 
 TINY = dict(stoch=4, classes=8, hidden=32, state_size=16, s5_layers=2, memory=64, units=32, mlp_layers=1,
-            depth=4, first_stride=4, sharpness=1.0, kl_warmup=0)
+            depth=4, first_stride=4, sharpness=1.0, kl_warmup=0, scaled=False)
 BEHAVIOUR = dict(horizon=3, starts=8, gamma=0.9, lam=0.8, entropy_scale=0.05, slow=0.02, model_lr=0.0,
                  encoder_lr=0.0, actor_lr=0.05, critic_lr=0.05, autoencoder_lr=0.0)
 
@@ -322,7 +322,7 @@ def test_training_acting_and_imagining_share_one_alignment():
     model, T = WorldModel((6,), 3, **TINY), 12
     observation, action = torch.rand(2, T, 6), F.one_hot(torch.randint(3, (2, T)), 3).float()
     is_first = first_flags(2, T, 0, 7)
-    model.update_mean(observation)
+    model.update_statistics(observation)
     discretised = model.sequence.discretise()
     z, h, x_all, q, p = model.observe(observation, action, is_first)
     x, z_before, a_before = *model.initial(2, "cpu"), torch.zeros(2, 3)
@@ -429,7 +429,7 @@ def test_open_loop_sees_only_its_context(fixed_draws):
     the frames to come; the first frames it reconstructs."""
     model = awake(WorldModel((8,), 8, **TINY | dict(sharpness=50.0)))
     observation, action, first = jump_batch(2)
-    model.update_mean(observation)
+    model.update_statistics(observation)
     other = observation.clone()
     other[:, 5:] = torch.rand(2, 7, 8)
     results = [model.open_loop(frames, action, first, context=5) for frames in (observation, other)]
@@ -521,13 +521,29 @@ def test_an_untrained_model_paints_the_mean_of_what_it_has_seen(shape):
     """Encoder and decoder deal with what differs from the running mean, and start from exactly that mean."""
     model, batches = WorldModel(shape, 3, **TINY), torch.rand(5, 2, 4, *shape)
     for batch in batches:
-        model.update_mean(batch)
+        model.update_statistics(batch)
     mean = batches.mean((0, 1, 2))
     painted = model.decode(torch.rand(1, 4, 8), torch.randn(1, 32))
     assert torch.allclose(painted[0], mean, atol=1e-5) and painted.shape == (1, *shape)
     q = model.posterior(batches[0, 0])
     model.mean.zero_()
     assert torch.allclose(model.posterior(batches[0, 0] - mean), q, atol=1e-5)
+
+
+def test_numbers_of_any_unit_count_alike():
+    """Each number of an environment's vector gets a deviation of 3, whatever its unit; what has never varied
+    counts 30 at most when it does; `decode` gives the units back."""
+    model = WorldModel((4,), 3, **TINY | {"scaled": True})
+    batches = torch.randn(300, 2, 8, 4) * torch.tensor([1e-3, 1.0, 1e4, 0.0]) + torch.tensor([5.0, 0, -1e5, 2])
+    for batch in batches:
+        model.update_statistics(batch)
+    scaled = model.normalise(batches[-100:])
+    assert torch.allclose(scaled[..., :3].std((0, 1, 2)), torch.full((3,), 3.0), rtol=0.05)
+    assert scaled[..., :3].mean((0, 1, 2)).abs().max() < 0.3 and (scaled[..., 3] == 0).all()
+    assert model.normalise(batches[0, 0, 0] + torch.tensor([0, 0, 0, 1.0]))[3] == 30
+    model.decoder.forward = lambda inputs: scaled.flatten(0, 2)
+    z, h = torch.rand(100, 2, 8, 4, 8), torch.randn(100, 2, 8, 32)
+    assert torch.allclose(model.decode(z, h)[..., :3], batches[-100:, ..., :3], rtol=1e-3, atol=1e-4)
 
 
 @slow
