@@ -778,6 +778,7 @@ class Log:
 def train(run, progress=True):
     """Act, learn, log, save, until config.steps. Returns the number of the signal that ended it, else 0."""
     config, stopped, run.since = run.config, [], time.perf_counter()
+    run.directory.mkdir(parents=True, exist_ok=True)
     handlers = {number: signal.signal(number, lambda number, frame: stopped.append(number))
                 for number in (signal.SIGINT, signal.SIGTERM)}
     bar = tqdm(total=config.steps, initial=run.step, unit="step", disable=not progress, dynamic_ncols=True,
