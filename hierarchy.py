@@ -246,7 +246,7 @@ class Level(nn.Module):
         subgoal = onehot(batch["subgoal"], self.subgoal_shape[1]).flatten(-2)
 
         # 1. The world model, on real sequences.
-        self.world_model.update_mean(observation)
+        self.world_model.update_statistics(observation)
         loss, states, metrics = self.world_model.loss(observation, action, batch["reward"],
                                                       batch["is_first"], batch["is_terminal"])
         loss.backward()
@@ -342,7 +342,8 @@ class Hieros(nn.Module):
             names = ["extrinsic"] + ["subgoal"] * (i < levels - 1) + ["novelty"] * (i > 0)
             level = Level(shape, (1, actions) if i == 0 else code_shape,
                           code_shape if i < levels - 1 else (0, code_shape[1]), code_shape,
-                          {name: weights[name] for name in names}, model, **behaviour)
+                          {name: weights[name] for name in names},
+                          model | {"scaled": i == 0 and not image}, **behaviour)
             self.levels.append(level)
             self.specs.append(stored | {  # what the level's replay holds of each tick: {name: (shape, dtype)}
                 "action": (level.action_shape[:1], np.uint8), "subgoal": (level.subgoal_shape[:1], np.uint8),

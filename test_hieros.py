@@ -26,6 +26,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from gymnasium import spaces
 
 import evaluate
 import train
@@ -234,7 +235,7 @@ def test_shapes_that_do_not_fit_name_both():
 # ------------------------------------------------------------------------------------------------------------
 
 TINY = dict(stoch=4, classes=8, hidden=32, state_size=16, s5_layers=2, memory=64, units=32, mlp_layers=1,
-            depth=4, first_stride=4, sharpness=1.0, kl_warmup=0)
+            depth=4, first_stride=4, sharpness=1.0, kl_warmup=0, scaled=False)
 BEHAVIOUR = dict(horizon=3, starts=8, gamma=0.9, lam=0.8, entropy_scale=0.05, slow=0.02, model_lr=0.0,
                  encoder_lr=0.0, actor_lr=0.05, critic_lr=0.05, autoencoder_lr=0.0)
 
@@ -266,7 +267,7 @@ def test_symlog_and_twohot_round_trip():
 
 
 def test_rare_large_rewards_count_in_full():
-    """What is learned from 100 in one case of ten is 10, the expected reward, and not what is usual; bfloat16,
+    """What is learned from 100 in one case of ten is 10, the expected reward, not what is usual; bfloat16,
     as coarse as the numbers are apart, does not round it."""
     twohot = TwoHot()
     logits, rewards = twohot.first_logits(zero=8.0), torch.tensor([100.0] + 9 * [0.0])
@@ -322,7 +323,7 @@ def test_training_acting_and_imagining_share_one_alignment():
     model, T = WorldModel((6,), 3, **TINY), 12
     observation, action = torch.rand(2, T, 6), F.one_hot(torch.randint(3, (2, T)), 3).float()
     is_first = first_flags(2, T, 0, 7)
-    model.update_mean(observation)
+    model.update_statistics(observation)
     discretised = model.sequence.discretise()
     z, h, x_all, q, p = model.observe(observation, action, is_first)
     x, z_before, a_before = *model.initial(2, "cpu"), torch.zeros(2, 3)
@@ -429,7 +430,7 @@ def test_open_loop_sees_only_its_context(fixed_draws):
     the frames to come; the first frames it reconstructs."""
     model = awake(WorldModel((8,), 8, **TINY | dict(sharpness=50.0)))
     observation, action, first = jump_batch(2)
-    model.update_mean(observation)
+    model.update_statistics(observation)
     other = observation.clone()
     other[:, 5:] = torch.rand(2, 7, 8)
     results = [model.open_loop(frames, action, first, context=5) for frames in (observation, other)]
@@ -492,9 +493,9 @@ def test_networks_have_the_layers_of_the_paper():
     cnn = level.world_model.encoder[0]
     assert [type(layer).__name__ for layer in cnn] == 4 * ["Conv2d", "ChannelNorm", "SiLU"] + ["Flatten"]
     assert [cnn[i].out_channels for i in (0, 3, 6, 9)] == [24, 48, 96, 192]
-    normed = cnn[1](torch.randn(2, 24, 5, 5))
-    assert torch.allclose(normed.mean(1), torch.zeros(2, 5, 5), atol=1e-5)
-    assert torch.allclose(normed.var(1, correction=0), torch.ones(2, 5, 5), atol=1e-3)
+    image = torch.randn(2, 24, 5, 5)
+    deviation = (image.var(1, correction=0, keepdim=True) + 1e-5).sqrt()
+    assert torch.allclose(cnn[1](image), (image - image.mean(1, keepdim=True)) / deviation, atol=1e-5)
 
 
 @pytest.mark.parametrize("first_stride", [2, 4])
@@ -521,13 +522,29 @@ def test_an_untrained_model_paints_the_mean_of_what_it_has_seen(shape):
     """Encoder and decoder deal with what differs from the running mean, and start from exactly that mean."""
     model, batches = WorldModel(shape, 3, **TINY), torch.rand(5, 2, 4, *shape)
     for batch in batches:
-        model.update_mean(batch)
+        model.update_statistics(batch)
     mean = batches.mean((0, 1, 2))
     painted = model.decode(torch.rand(1, 4, 8), torch.randn(1, 32))
     assert torch.allclose(painted[0], mean, atol=1e-5) and painted.shape == (1, *shape)
     q = model.posterior(batches[0, 0])
     model.mean.zero_()
     assert torch.allclose(model.posterior(batches[0, 0] - mean), q, atol=1e-5)
+
+
+def test_numbers_of_any_unit_count_alike():
+    """All numbers of an environment's vector get one deviation, together a variance of 40, whatever their
+    units; one that has never varied counts ten deviations when it does; `decode` gives the units back."""
+    model = WorldModel((4,), 3, **TINY | {"scaled": True})
+    batches = torch.randn(300, 2, 8, 4) * torch.tensor([1e-3, 1.0, 1e4, 0.0]) + torch.tensor([5.0, 0, -1e5, 2])
+    for batch in batches:
+        model.update_statistics(batch)
+    scaled = model.normalise(batches[-100:])
+    assert torch.allclose(scaled[..., :3].std((0, 1, 2)), torch.full((3,), 10 ** 0.5), rtol=0.05)
+    assert scaled[..., :3].mean((0, 1, 2)).abs().max() < 0.3 and (scaled[..., 3] == 0).all()
+    assert model.normalise(batches[0, 0, 0] + torch.tensor([0, 0, 0, 1.0]))[3] == 10 * 10 ** 0.5
+    model.decoder.forward = lambda inputs: scaled.flatten(0, 2)
+    z, h = torch.rand(100, 2, 8, 4, 8), torch.randn(100, 2, 8, 32)
+    assert torch.allclose(model.decode(z, h)[..., :3], batches[-100:, ..., :3], rtol=1e-3, atol=1e-4)
 
 
 @slow
@@ -692,6 +709,19 @@ def test_optimisers_have_the_settings_of_the_paper():
     assert found == {name: (*pair, (0.9, 0.999), 0) for name, pair in settings.items()}
 
 
+def test_every_level_has_the_rewards_of_its_place():
+    """Subgoal reward where there is a level above, novelty where there is one below; each its own weight, and
+    only a level that has one above is told a subgoal."""
+    flat, three = small(1), small(3)
+    extrinsic, subgoal, novelty = {"extrinsic": 1.0}, {"subgoal": 0.3}, {"novelty": 0.1}
+    assert flat.levels[0].rewards == extrinsic and flat.levels[0].subgoal_shape[0] == 0
+    expected = extrinsic | subgoal, extrinsic | subgoal | novelty, extrinsic | novelty
+    for level, rewards, categoricals in zip(three.levels, expected, (8, 8, 0)):
+        assert level.rewards == rewards and level.weights.tolist() == pytest.approx(list(rewards.values()))
+        assert level.subgoal_shape == (categoricals, 8)
+    assert [level.action_shape for level in three.levels] == [(1, 3), (8, 8), (8, 8)]
+
+
 def moments(lengths, steps=None):
     """(episode, t) of the first `steps` steps of episodes of the given lengths."""
     every = ((episode, t) for episode, length in enumerate(lengths) for t in range(length + 1))
@@ -800,6 +830,21 @@ def test_acting_leaves_the_memory_it_was_given_alone():
     first, second = (new["levels"] for new, _ in outcomes)
     assert all(torch.equal(a["x"], b["x"]) for a, b in zip(first, second))
     assert (first[0]["x"] != 0).any()
+
+
+def test_an_episode_that_was_broken_off_leaves_nothing(fixed_draws):
+    """A start that follows no end is a start: states, clocks, rewards, subgoals are those of a new agent."""
+    agent, after = lively(small()), []
+    for steps in (0, 6):
+        memory, reward = agent.initial_memory(1), np.float32([1])
+        for t in range(steps + 1):
+            flags = [np.array([flag]) for flag in (t in (0, steps), False, False)]
+            observation = np.full((1, 4), t == steps, np.float32)
+            memory, ticks = agent.act(memory, observation, reward * (t < steps), *flags, agent.discretise())
+        after.append([memory["t"], *(tick["reward"] for tick in ticks),
+                      *(value for level in memory["levels"] for value in level.values())])
+    assert len(after[0]) == len(after[1]) == 1 + 3 + 3 * 6
+    assert all(np.array_equal(*pair) for pair in zip(*after))
 
 
 def test_environments_side_by_side_do_not_mix():
@@ -1633,7 +1678,7 @@ def refused(monkeypatch, capfd, tmp_path):
     ("--logdir file/run", ["--logdir file/run", "cannot be used", "Not a directory"]),
     ("--logdir file", ["--logdir file", "cannot be used", "File exists"]),
     ("--logdir /proc/run", ["--logdir /proc/run", "cannot be used"]),
-    ("--logdir full", ["full already exists", "another --logdir"]),
+    ("--logdir full", ["full/checkpoint.pt does not exist, other files do", "another --logdir"]),
     ("--resume --logdir full", ["full/checkpoint.pt does not exist"]),
 ])
 def test_bad_input_is_one_clear_line(refused, tmp_path, flags, words):
@@ -1755,10 +1800,11 @@ def test_all_that_a_checkpoint_needs_is_on_the_disk_when_it_takes_its_name(tmp_p
     assert len(files) == 4 and all(synced[file.st_ino] == file.st_size for file in files)
 
 
-@pytest.mark.parametrize("spelling", ["ms_pacman", "MsPacman", "mspacman", "Ms-Pacman", "MS PACMAN", "ALE/MsPacman-v5",
-                                      "MsPacmanNoFrameskip-v4", "MsPacmanDeterministic-v0", "MsPacman-v4"])
+@pytest.mark.parametrize("spelling", ["ms_pacman", "MsPacman", "mspacman", "Ms-Pacman", "MS PACMAN",
+                                      "ALE/MsPacman-v5", "MsPacmanNoFrameskip-v4", "MsPacmanDeterministic-v0",
+                                      "MsPacman-v4"])
 def test_games_may_be_spelled_as_people_do(spelling):
-    """Any spelling of a game finds it, others' names for it too, and all 26 games of the benchmark are there."""
+    """Any spelling of a game finds it, others' names for it too; all 26 games of the benchmark are there."""
     assert train.game_name(spelling) == "ms_pacman"
     assert len(train.REFERENCE) == 26 and all(train.game_name(game) == game for game in train.REFERENCE)
 
@@ -1864,8 +1910,8 @@ def test_the_observation_is_the_maximum_of_the_last_two_frames_and_of_no_others(
 
 
 def test_an_episode_begins_with_0_to_30_no_ops():
-    """As many as the environment's own random numbers say, each number occurs, and after an end among them the
-    game is reset."""
+    """As many as the environment's own random numbers say, each number occurs, and after an end among them
+    the game is reset."""
     env = fake_atari()
     env._observation = lambda: None
     env.reset(seed=0)
@@ -1961,10 +2007,12 @@ class Tiny(gymnasium.Env):
 
     metadata = {"render_modes": ["rgb_array"]}
 
-    def __init__(self, observations=None, actions=None, answer=None, reward=1.0, fault=None, render_mode=None):
+    def __init__(self, observations=None, actions=None, answer=None, reward=1.0, fault=None,
+                 render_mode=None):
         self.observation_space = observations or gymnasium.spaces.Box(-1, 20, (3,), np.float64)
         self.action_space = actions or gymnasium.spaces.Discrete(2)
-        self.answer, self.reward, self.fault, self.render_mode, self.taken = answer, reward, fault, render_mode, []
+        self.answer, self.reward, self.fault, self.render_mode = answer, reward, fault, render_mode
+        self.taken = []
 
     def observe(self):
         return np.array([self.t, self.number, 0.5]) if self.answer is None else self.answer
@@ -1998,8 +2046,8 @@ def registered():
     gymnasium.registry.pop("Tiny-v0", None)
 
 
-QUICK = ("--preset debug --device cpu --levels 2 --steps 60 --warmup 0 --batch_length 8 --batch_size 2 --starts 8"
-         " --train_every 20 --save_every 20 --log_every 20 --horizon 2").split()
+QUICK = ("--preset debug --device cpu --levels 2 --steps 60 --warmup 0 --batch_length 8 --batch_size 2"
+         " --starts 8 --train_every 20 --save_every 20 --log_every 20 --horizon 2").split()
 
 
 @pytest.mark.parametrize("space, answer, seen", [
@@ -2016,7 +2064,7 @@ def test_vectors_of_all_kinds_reach_the_agent(registered, space, answer, seen):
     assert env.observation_space.shape == observation.shape and (env.step(0)[0] == observation).all()
 
 
-@pytest.mark.parametrize("shape", [(96, 96, 3), (210, 160, 3), (84, 84), (84, 84, 1), (30, 20, 3), (64, 64, 3)])
+@pytest.mark.parametrize("shape", [(96, 96, 3), (210, 160, 3), (84, 84), (84, 84, 1), (30, 20, 3)])
 def test_images_of_any_size_reach_the_agent(registered, shape):
     """As 64x64 colours, averaged by the code that Atari uses: brightness stays where it is."""
     image = np.zeros(shape, np.uint8)
@@ -2029,16 +2077,16 @@ def test_images_of_any_size_reach_the_agent(registered, shape):
 
 
 @pytest.mark.parametrize("options, words", [
-    (dict(observations=gymnasium.spaces.Dict({"a": gymnasium.spaces.Discrete(2)})), ["Dict(", "FlattenObservation"]),
-    (dict(observations=gymnasium.spaces.Tuple([gymnasium.spaces.Discrete(2)])), ["Tuple(", "FlattenObservation"]),
-    (dict(observations=gymnasium.spaces.MultiBinary(3)), ["MultiBinary(3)", "FlattenObservation"]),
-    (dict(observations=gymnasium.spaces.MultiDiscrete([3, 2])), ["MultiDiscrete([3 2])", "FlattenObservation"]),
-    (dict(observations=gymnasium.spaces.Box(0, 1, (4, 4))), ["Box(", "FlattenObservation"]),
-    (dict(observations=gymnasium.spaces.Box(0, 1, (64, 64, 3))), ["float32", "images of uint8", "TransformObs"]),
-    (dict(observations=gymnasium.spaces.Box(0, 255, (3, 64, 64), np.uint8)), ["(3, 64, 64)", "TransformObs"]),
-    (dict(actions=gymnasium.spaces.Box(-1, 1, (2,))), ["actions Box(", "Discrete", "TransformAction"]),
-    (dict(actions=gymnasium.spaces.MultiDiscrete([3, 2])), ["actions MultiDiscrete([3 2])", "TransformAction"]),
-    (dict(actions=gymnasium.spaces.Discrete(257)), ["actions Discrete(257)", "up to 256"]),
+    (dict(observations=spaces.Dict({"a": spaces.Discrete(2)})), ["Dict(", "FlattenObservation"]),
+    (dict(observations=spaces.Tuple([spaces.Discrete(2)])), ["Tuple(", "FlattenObservation"]),
+    (dict(observations=spaces.MultiBinary(3)), ["MultiBinary(3)", "FlattenObservation"]),
+    (dict(observations=spaces.MultiDiscrete([3, 2])), ["MultiDiscrete([3 2])", "FlattenObservation"]),
+    (dict(observations=spaces.Box(0, 1, (4, 4))), ["Box(", "FlattenObservation"]),
+    (dict(observations=spaces.Box(0, 1, (64, 64, 3))), ["float32", "images of uint8", "TransformObs"]),
+    (dict(observations=spaces.Box(0, 255, (3, 64, 64), np.uint8)), ["(3, 64, 64)", "TransformObs"]),
+    (dict(actions=spaces.Box(-1, 1, (2,))), ["actions Box(", "Discrete", "TransformAction"]),
+    (dict(actions=spaces.MultiDiscrete([3, 2])), ["actions MultiDiscrete([3 2])", "TransformAction"]),
+    (dict(actions=spaces.Discrete(257)), ["actions Discrete(257)", "up to 256"]),
     (dict(nonsense=1), ["Tiny-v0 cannot be made", "TypeError", "nonsense"]),
 ])
 def test_unsupported_spaces_are_one_clear_line(registered, refused, options, words):
@@ -2104,8 +2152,8 @@ def test_own_games_are_scored_beside_random_play(registered, tmp_path, capsys):
 def test_an_environment_that_cannot_be_saved_starts_a_new_episode(registered, tmp_path, capsys):
     """All else continues; its random numbers too, and the message says so."""
     name, directory = registered(), tmp_path / "run"
-    run = train.Run(train.make_config({"preset": "debug", "game": name, "device": "cpu", "logdir": str(directory)}),
-                    train.make_env(name))
+    given = {"preset": "debug", "game": name, "device": "cpu", "logdir": str(directory)}
+    run = train.Run(train.make_config(given), train.make_env(name))
     for _ in range(3):
         run.play(0)
     run.save()
@@ -2116,7 +2164,7 @@ def test_an_environment_that_cannot_be_saved_starts_a_new_episode(registered, tm
     capsys.readouterr()
     again = ["--resume", "--logdir", str(directory), "--steps", "310"]
     assert train.main(again) == 0
-    assert "resumed at step 3, in a new episode: Tiny-v0 saves none" in capsys.readouterr().out
+    assert "resumed at step 3, in a new episode" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("fault, words", [
@@ -2149,8 +2197,8 @@ def test_rewards_may_have_any_size_and_type(registered, tmp_path, reward):
 # Directories, streams, files.
 
 def test_a_first_save_that_was_cut_short_is_no_dead_end(registered, refused, tmp_path, monkeypatch):
-    """The very same command works again after a first save that was killed or met a full disk, with or without
-    --resume; and --resume where there is nothing yet starts a run. Files of others are never touched."""
+    """The very same command works again after a first save that was killed or met a full disk, with or
+    without --resume; --resume where there is nothing yet starts a run. Others' files are never touched."""
     for flags in ([], ["--resume"]):
         command = ["--game", registered(), "--logdir", str(tmp_path / f"run {len(flags)}"), *QUICK, *flags]
 
@@ -2166,9 +2214,9 @@ def test_a_first_save_that_was_cut_short_is_no_dead_end(registered, refused, tmp
         (directory / "metrics.jsonl").write_text("half")
         assert not (directory / "checkpoint.pt").exists()
         assert train.main(command) == 0
-        assert all("step" in json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines())
+        assert metrics_of(directory)[0]["step"] == 10
         (directory / "checkpoint.pt").unlink()  # there is a result: more than such remains
-        assert "checkpoint.pt does not exist" if flags else "is no run" in refused("train.py", *command)
+        assert "checkpoint.pt does not exist, other files do" in refused("train.py", *command)
     assert train.main(["--game", "Tiny-v0", "--resume", "--logdir", str(tmp_path / "new"), *QUICK]) == 0
 
 
@@ -2209,8 +2257,8 @@ def test_a_score_that_cannot_be_written_is_not_played_for(registered, tmp_path, 
 
 
 def test_tensorboard_is_optional(tmp_path, monkeypatch, capsys):
-    """A missing one is not missed, a broken one is said in a line; a resumed run hides what a killed one wrote
-    beyond its checkpoint."""
+    """A missing one is not missed, a broken one is said in a line; a resumed run hides what a killed one
+    wrote beyond its checkpoint."""
     boards = []
 
     class Board:
@@ -2277,11 +2325,12 @@ class Chooser:
 
 
 class Lengths(gymnasium.Env):
-    """The k-th episode of the i-th environment has LENGTHS[i, k] steps of reward 1; every second is cut off, not
-    ended. The observation is the step in the episode."""
+    """The k-th episode of the i-th environment has LENGTHS[i, k] steps of reward 1; every second is cut off,
+    not ended. The observation is the step in the episode."""
 
     LENGTHS, made = np.random.default_rng(0).integers(1, 9, (2, 99)), []
-    observation_space, action_space = gymnasium.spaces.Box(0, 99, (1,), np.float32), gymnasium.spaces.Discrete(3)
+    observation_space = gymnasium.spaces.Box(0, 99, (1,), np.float32)
+    action_space = gymnasium.spaces.Discrete(3)
 
     def __init__(self):
         self.lengths, self.episode = self.LENGTHS[len(self.made)], -1
@@ -2313,8 +2362,8 @@ def test_scores_of_several_unequal_episodes(monkeypatch):
 
 
 def test_every_environment_plays_its_share():
-    """Episodes are shared out evenly, so that short ones are not favoured; each environment has its own random
-    numbers, and the same seed gives the same scores; without an agent the actions are random."""
+    """Episodes are shared out evenly, so that short ones are not favoured; each environment has its own
+    random numbers, and the same seed gives the same scores; without an agent the actions are random."""
     agent, actions = small(1, (16,), 3), []
     returns = train.play(agent, Catch, 12, progress=False)
     assert len(returns) == 12 and set(returns) <= {0.0, 1.0, 2.0, 3.0} and len(set(returns)) > 1

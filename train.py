@@ -59,8 +59,8 @@ class Config:
     values of Hieros, unless the help text says otherwise."""
 
     game: str = setting("pong", "Atari game in any spelling, or Gymnasium's CartPole-v1, my_module:MyEnv-v0")
-    preset: str = setting("auto", "paper; cpu, about an hour on two cores; vector, for observations that are no"
-                          " images, minutes; debug, under a minute; auto: what fits the game and the device",
+    preset: str = setting("auto", "paper; cpu, about an hour on two cores; vector, for observations that are"
+                          " no images, minutes; debug, under a minute; auto, what fits game and device",
                           choices=["auto", "paper", "cpu", "vector", "debug"])
     seed: int = setting(0, "seed of everything random", 0, 2 ** 63 - 1)
     device: str = setting("auto", "auto, cpu, cuda, cuda:1, ...")
@@ -70,6 +70,7 @@ class Config:
 
     steps: int = setting(100_000, "agent steps; on Atari each is 4 frames", 1)
     warmup: int = setting(1000, "agent steps before the first update", 0)
+    warmup_hold: int = setting(1, "steps for which each action is held before the first update", 1)
     train_every: int = setting(1, "agent steps per update of level 0; level i has k^i times fewer updates", 1)
     batch_size: int = setting(16, "B, sequences in a batch", 1)
     batch_length: int = setting(64, "T, steps in a sequence", 2)
@@ -119,10 +120,11 @@ PRESETS = {
                 state_size=64, s5_layers=2, units=128, first_stride=4, sharpness=10.0, kl_warmup=200,
                 horizon=10, starts=128, gamma=0.99, slow=0.1, entropy_scale=1e-3, subgoal_weight=0.03,
                 encoder_lr=3e-4, model_lr=1e-3, actor_lr=3e-4, critic_lr=1e-3, autoencoder_lr=1e-3),
-    "vector": dict(steps=20_000, warmup=500, train_every=4, batch_length=32, stoch=8, classes=8, hidden=64,
-                   state_size=32, s5_layers=2, units=64, mlp_layers=1, horizon=12, starts=256, gamma=0.99,
-                   slow=0.1, entropy_scale=3e-3, encoder_lr=1e-3, model_lr=1e-3, actor_lr=1e-3,
-                   critic_lr=1e-3, autoencoder_lr=1e-3),
+    "vector": dict(steps=20_000, warmup=2500, warmup_hold=4, train_every=6, batch_size=8, batch_length=32,
+                   stoch=16, classes=16, hidden=64, state_size=32, s5_layers=2, units=64, sharpness=10.0,
+                   kl_warmup=100, horizon=15, starts=96, gamma=0.99, slow=0.1, entropy_scale=1e-3,
+                   subgoal_weight=0.03, encoder_lr=1e-3, model_lr=1e-3, actor_lr=5e-4, critic_lr=3e-3,
+                   autoencoder_lr=1e-3),
     "debug": dict(steps=1200, replay_size=2000, train_every=10, warmup=300, batch_size=4, batch_length=16,
                   stoch=8, classes=8, hidden=64, state_size=32, s5_layers=2, units=64, mlp_layers=1, depth=8,
                   first_stride=4, horizon=5, starts=32, log_every=100, save_every=400, eval_episodes=2),
@@ -136,8 +138,9 @@ class UsageError(Exception):
 
 
 def one_line(anything):
-    """An error or a space as a text that is not too long for a message."""
-    return " ".join(str(anything).split())[:300]
+    """An error, or anything else, as a text that is not too long for a message."""
+    name = f"{type(anything).__name__}, " * isinstance(anything, Exception)
+    return name + " ".join(str(anything).split())[:300]
 
 
 class Parser(argparse.ArgumentParser):
@@ -145,9 +148,9 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message):
         if message.startswith("unrecognized arguments: --"):
-            flag = message.split(": ", 1)[1].split()[0].split("=")[0]
-            near = difflib.get_close_matches(flag, self._option_string_actions, 1)
-            message = f"unknown flag {flag}" + (f", did you mean {near[0]}?" if near else "; --help lists all")
+            flag = message.split()[2].split("=")[0]
+            near = difflib.get_close_matches(flag, self._option_string_actions, 1) or ["--help"]
+            message = f"unknown flag {flag}, did you mean {near[0]}?"
         raise UsageError(message)
 
 
@@ -200,15 +203,15 @@ def make_config(given):
         if (low is not None and not low <= value < math.inf) or (high is not None and not value <= high):
             raise UsageError(f"--{field.name} {value} is out of range: "
                              + (f"at least {low}" if high is None else f"{low} to {high}"))
+    first = -(-max(config.warmup, config.batch_length) // config.train_every) * config.train_every
     if config.state_size % 8:
         raise UsageError(f"--state_size {config.state_size} must be a multiple of 8 (4 blocks of pairs)")
     if config.starts > config.batch_size * config.batch_length:
-        raise UsageError(f"--starts {config.starts} is more than a batch has,"
-                         f" {config.batch_size} x {config.batch_length}")
+        raise UsageError(f"--starts {config.starts} is more than a batch of {config.batch_size} x"
+                         f" {config.batch_length} steps has")
     if config.replay_size < config.batch_length * config.k ** (config.levels - 1):
-        raise UsageError(f"--replay_size {config.replay_size} is too small: the top level keeps a"
-                         f" k^{config.levels - 1}th of it and needs {config.batch_length} steps for one sequence")
-    first = -(-max(config.warmup, config.batch_length) // config.train_every) * config.train_every
+        raise UsageError(f"--replay_size {config.replay_size} is too small: the top level keeps a k^"
+                         f"{config.levels - 1}th of it and needs {config.batch_length} steps for a sequence")
     if config.steps < first:
         raise UsageError(f"--steps {config.steps} ends before the first update, at step {first}, the first"
                          " multiple of --train_every that is at least --warmup and --batch_length")
@@ -261,14 +264,15 @@ def game_name(game):
         atari = {letters(name): name for name in atari_games()}
         importlib.import_module(module) if module else None  # which registers its environments
     except Exception as error:  # it is the user's code: anything may happen
-        raise UsageError(f"--game {game}: importing {module} fails: {type(error).__name__}, {error}")
+        raise UsageError(f"--game {game}: importing {module} fails: {one_line(error)}")
     others = {letters(id): id for id, spec in gymnasium.registry.items()
               if not str(spec.entry_point).startswith("ale_py")}
     # The names under which ale_py registers a game, ALE/Pong-v5, PongNoFrameskip-v4, are spellings, too.
     plain = letters(re.sub(r"^ALE/|(NoFrameskip|Deterministic)?-v[045]$", "", game))
     if id in others.values() or plain in atari:
         return game if id in others.values() else atari[plain]
-    near = [known[name] for known in (atari, others) for name in difflib.get_close_matches(letters(id), known)]
+    near = [names[name] for names in (atari, others)
+            for name in difflib.get_close_matches(letters(id), names)]
     raise UsageError(f"unknown game '{game}'; nearest: " + (", ".join(near) or ", ".join(REFERENCE)
                      + "; Gymnasium's, such as CartPole-v1; your own, my_module:MyEnv-v0"))
 
@@ -387,7 +391,7 @@ class Registered(gymnasium.Wrapper):
             if render_mode in env.metadata.get("render_modes", ()):
                 env = make(render_mode=render_mode)
         except Exception as error:
-            raise UsageError(f"{game} cannot be made: {type(error).__name__}, {one_line(error)}")
+            raise UsageError(f"{game} cannot be made: {one_line(error)}")
         super().__init__(env)
         self.max_steps, self.space, actions, size = limit, env.observation_space, env.action_space, None
         shape = self.space.shape or ()
@@ -398,17 +402,17 @@ class Registered(gymnasium.Wrapper):
         elif not (isinstance(self.space, Box) and self.space.dtype == np.uint8
                   and (len(shape) == 2 or len(shape) == 3 and shape[2] in (1, 3))):
             wrapper = "TransformObservation" if len(shape) == 3 else "FlattenObservation"
-            raise UsageError(f"{game} has the observations {one_line(self.space)}; supported: Box of one axis,"
-                             f" images of uint8, Discrete; gymnasium.wrappers.{wrapper} can convert them")
+            raise UsageError(f"{game} has the observations {one_line(self.space)}; supported: Box of one"
+                             f" axis, images of uint8, Discrete; gymnasium.wrappers.{wrapper} converts them")
         if not isinstance(actions, Discrete) or actions.n > 256:  # the replay stores them as bytes
             raise UsageError(f"{game} has the actions {one_line(actions)}; supported: Discrete, up to 256;"
-                             " gymnasium.wrappers.TransformAction with a table of actions can convert them")
+                             " gymnasium.wrappers.TransformAction with a table of actions converts them")
         self.observation_space = Box(-np.inf, np.inf, (size,), np.float32) if size else IMAGE
         self.action_space = Discrete(int(actions.n))
 
     def _ask(self, method, *arguments, **options):
-        """What the environment's reset or step returns, checked, the observation as the agent sees it. All that
-        goes wrong becomes one line that names the environment, the step and the place."""
+        """What the environment's reset or step returns, checked, the observation as the agent sees it. What
+        goes wrong there becomes one line that names the environment, the step and the place."""
         try:
             seen, *rest = method(*arguments, **options)
             array, space = np.asarray(seen), self.space
@@ -416,19 +420,19 @@ class Registered(gymnasium.Wrapper):
                     and ((space.low <= array) & (array <= space.high)).all()):  # NaN is not <= anything
                 raise ValueError(f"an observation that is not in {space}")
             if self.observation_space is IMAGE:
-                height, width = space.shape[:2]
-                image = np.broadcast_to(array.reshape(height, width, -1), (height, width, 3))  # grey has one channel
-                return shrink(image.copy()), *rest
-            if isinstance(space, Discrete):
-                array = np.arange(space.start, space.start + space.n) == array
-            array, reward = array.astype(np.float32), np.float32(rest[0] if len(rest) > 1 else 0)
-            if not np.isfinite(array).all() or not np.isfinite(reward):
+                colours = array.reshape(*array.shape[:2], -1)  # or one channel of grey
+                array = shrink(np.broadcast_to(colours, (*array.shape[:2], 3)).copy())
+            elif isinstance(space, Discrete):
+                array = np.float32(np.arange(space.start, space.start + space.n) == array)
+            else:
+                array = array.astype(np.float32)
+            if not np.isfinite(array).all() or not np.isfinite(np.float32(rest[:-1])).all():
                 raise ValueError("an observation or a reward that is not finite in float32")
             return array, *rest
         except Exception as error:
             place = traceback.extract_tb(error.__traceback__)[-1]
-            raise UsageError(f"{self.name} fails at step {self.t} of an episode: {type(error).__name__},"
-                             f" {one_line(error)} ({Path(place.filename).name}, line {place.lineno})") from error
+            raise UsageError(f"{self.name} fails at step {self.t} of an episode: {one_line(error)}"
+                             f" ({Path(place.filename).name}, line {place.lineno})") from error
 
     def reset(self, **options):
         self.t = 0
@@ -507,8 +511,9 @@ def history(checkpoint):
     step, seconds = operator.index(checkpoint["step"]), float(checkpoint["seconds"])
     curve = [[operator.index(when), float(score)] for when, score in checkpoint["curve"]]
     if not 0 <= max([0, *(when for when, _ in curve)]) <= step or not seconds >= 0:
-        raise ValueError(f"step {step}, {seconds} seconds and the curve of its scores cannot be true together")
-    return {"step": step, "seconds": seconds, "curve": curve, "commits": list(map(str, checkpoint["commits"]))}
+        raise ValueError(f"step {step}, {seconds} seconds and its curve cannot be true together")
+    commits = [str(commit) for commit in checkpoint["commits"]]
+    return {"step": step, "seconds": seconds, "curve": curve, "commits": commits}
 
 
 @contextlib.contextmanager
@@ -519,12 +524,11 @@ def trusting(path):
     except UsageError as error:
         raise UsageError(f"{path}: {error}") from error
     except FileNotFoundError:
-        raise UsageError(f"{path} does not exist: this is not the directory of a run, or it has no checkpoint yet")
-    except (zipfile.BadZipFile, pickle.UnpicklingError, RuntimeError, EOFError, LookupError, TypeError, ValueError,
-            ArithmeticError, AttributeError, OSError, SystemError) as error:  # SystemError: a cut emulator state
+        raise UsageError(f"{path} does not exist: this is no directory of a run, or it has no checkpoint yet")
+    except (zipfile.BadZipFile, pickle.UnpicklingError, RuntimeError, EOFError, LookupError, TypeError,
+            ValueError, ArithmeticError, AttributeError, OSError, SystemError) as error:
         reason = one_line(error).split(". ")[0]  # torch goes on with dangerous advice
-        raise UsageError(f"{path} is damaged or not a checkpoint of this program:"
-                         f" {type(error).__name__}, {reason}") from error
+        raise UsageError(f"{path} is damaged or not a checkpoint of this program: {reason}") from error
 
 
 @contextlib.contextmanager
@@ -548,8 +552,9 @@ def alone_in(directory):
 
 def env_step(observation, reward=0.0, *, is_first=False, is_last=False, is_terminal=False):
     """What an environment gave, as arrays of one environment: the arguments of Hieros.act."""
-    return {"observation": observation[None], "reward": np.float32([reward]), "is_first": np.array([is_first]),
-            "is_last": np.array([is_last]), "is_terminal": np.array([is_terminal])}
+    flags = {"is_first": is_first, "is_last": is_last, "is_terminal": is_terminal}
+    return {"observation": observation[None], "reward": np.float32([reward])} | {
+        name: np.array([flag]) for name, flag in flags.items()}
 
 
 class Run:
@@ -574,13 +579,18 @@ class Run:
         self.updates = [0] * config.levels
         self.commits = [origin()["commit"] + "+" * bool(origin()["dirty"])]  # of all code that has trained it
         self.log = Log(self.directory)
-        self.seconds, self.logged, self.since = 0.0, 0, time.perf_counter()  # at the last line: time, step, clock
+        # When the last line was written: wall time of training, step, clock.
+        self.seconds, self.logged, self.since = 0.0, 0, time.perf_counter()
 
     def act(self):
         """Every level that is due updates its state and chooses. Returns, from level 0 upwards, what each of
         them has to remember."""
+        level = self.memory["levels"][0]
         with autocast(self.config):
             self.memory, ticks = self.agent.act(self.memory, **self.now, discretised=self.discretised)
+            # At first it plays at random; where it changes its mind at each step, it may get nowhere.
+            if self.step < self.config.warmup and self.memory["t"][0] % self.config.warmup_hold:
+                ticks[0]["action"] = self.memory["levels"][0]["action"] = level["action"]
             return self.agent.transitions(ticks)
 
     def remember(self, transitions):
@@ -616,7 +626,8 @@ class Run:
     def batch(self, i):
         """A batch from the replay of level i, on the device. A GPU fetches pinned memory without being
         waited for."""
-        batch = {name: torch.from_numpy(a) for name, a in self.replays[i].sample(self.config.batch_size).items()}
+        batch = self.replays[i].sample(self.config.batch_size)
+        batch = {name: torch.from_numpy(array) for name, array in batch.items()}
         if self.config.device.startswith("cuda"):
             batch = {name: tensor.pin_memory().to(self.config.device, non_blocking=True)
                      for name, tensor in batch.items()}
@@ -641,11 +652,12 @@ class Run:
             "config": dataclasses.asdict(self.config), "weights": self.agent.state_dict(),
             "optimisers": [{name: o.adam.state_dict() for name, o in level.optimisers.items()}
                            for level in self.agent.levels],
-            "memory": self.memory, "now": self.now, "env": self.env.get_state(), "log": self.log.state(),
+            "env": self.env.get_state(), "log": self.log.state(), "curve": self.curve,
             "rng": self.rng.bit_generator.state, "torch_rng": torch.get_rng_state(),
             "cuda_rng": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
-            "replay_totals": [replay.total for replay in self.replays], "step": self.step, "score": self.score,
-            "seconds": self.seconds, "curve": self.curve, "updates": self.updates, "commits": self.commits}
+            "replay_totals": [replay.total for replay in self.replays], "memory": self.memory,
+            "now": self.now, "step": self.step, "seconds": self.seconds, "score": self.score,
+            "updates": self.updates, "commits": self.commits}
         try:
             with replacing(self.directory / "checkpoint.pt") as file:
                 torch.save(pack(checkpoint), file)
@@ -665,11 +677,12 @@ class Run:
         self.step, self.seconds, self.curve = past["step"], past["seconds"], past["curve"]
         self.commits = past["commits"] + [new for new in self.commits if new not in past["commits"]]
         self.updates = [operator.index(count) for count in checkpoint["updates"]]
-        self.memory, self.now, self.score = checkpoint["memory"], checkpoint["now"], float(checkpoint["score"])
-        observation = self.env.set_state(checkpoint["env"])
+        self.memory, self.now = checkpoint["memory"], checkpoint["now"]
+        self.score, observation = float(checkpoint["score"]), self.env.set_state(checkpoint["env"])
         if observation is not None:  # the episode of the checkpoint could not be saved
             self.now, self.score = env_step(observation, is_first=True), 0.0
-        self.agent.transitions(self.agent.act(self.memory, **self.now, discretised=self.discretised)[1])  # it fits
+        self.act()  # on trial: what does not fit is noticed now
+        self.memory = checkpoint["memory"]
         self.rng.bit_generator.state = checkpoint["rng"]
         torch.set_rng_state(checkpoint["torch_rng"].cpu())
         for i, state in enumerate(checkpoint["cuda_rng"][:torch.cuda.device_count()]):
@@ -740,7 +753,7 @@ class Log:
             except Exception as error:  # it is optional, and a broken installation may raise anything
                 self.board = False
                 if not isinstance(error, ModuleNotFoundError):
-                    print(f"train.py: no TensorBoard: {type(error).__name__}, {one_line(error)}", file=sys.stderr)
+                    print(f"train.py: no TensorBoard: {one_line(error)}", file=sys.stderr)
         for name, value in values.items() if self.board else ():
             self.board.add_scalar(name if level is None else f"level_{level}/{name}", value, step)
 
@@ -852,8 +865,9 @@ def evaluation(config, agent, history, episodes, seed, progress=True):
 def origin():
     """What a result comes from: command, commit, whether files were changed since it ("dirty"), versions."""
     try:
-        commit = subprocess.run(["git", "describe", "--always", "--dirty=+", "--exclude=*"], text=True, check=True,
-                                cwd=Path(__file__).parent, capture_output=True).stdout.strip()
+        git = ["git", "describe", "--always", "--dirty=+", "--exclude=*"]
+        commit = subprocess.run(git, cwd=Path(__file__).parent, check=True, capture_output=True, text=True)
+        commit = commit.stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         commit = "unknown"
     versions = {"python": sys.version.split()[0], "torch": torch.__version__, "numpy": np.__version__,
@@ -895,8 +909,8 @@ def report(summary):
     if summary["human"] is not None:
         line += (f"; random {summary['random']}, human {summary['human']} (published): human-normalised"
                  f" {summary['human_normalised']:.3f}")
-    if summary["random_measured"]:
-        line += "; random play {mean:.1f} +- {standard_error:.1f} (20 episodes)".format(**summary["random_measured"])
+    if measured := summary["random_measured"]:
+        line += f"; random play {measured['mean']:.1f} +- {measured['standard_error']:.1f} (20 episodes)"
     return line
 
 
@@ -933,8 +947,8 @@ class Stream:
 
 
 def keep_freed_memory():
-    """Ask glibc to keep freed memory for the next tensor. Else every tensor over some hundred kB is mapped anew
-    and zeroed page by page, which makes an update on the CPU a third slower."""
+    """Ask glibc to keep freed memory for the next tensor. Else every tensor over some hundred kB is mapped
+    anew and zeroed page by page, which makes an update on the CPU a third slower."""
     try:
         libc = ctypes.CDLL("libc.so.6")
         libc.mallopt(-4, 0)  # M_MMAP_MAX: map no blocks of their own
@@ -962,26 +976,27 @@ def main(argv):
     given, resume = parse_config(argv)
     place = make_config({name: given[name] for name in given.keys() & {"game", "seed", "logdir", "device"}})
     directory, note = Path(place.logdir), ""
-    again = f"python train.py --logdir {shlex.quote(str(directory))} --resume"
+    checkpoint, again = directory / "checkpoint.pt", f"--logdir {shlex.quote(place.logdir)} --resume"
     try:
-        new = not (directory / "checkpoint.pt").exists()
+        new = not checkpoint.exists()
         # What a run leaves that was killed, or met a full disk, before its first checkpoint.
         ours = re.compile(r"replay-\d+|metrics\.jsonl|writing\.tmp|lock|events\.out\.tfevents\..*")
         if new and directory.is_dir() and not all(ours.fullmatch(path.name) for path in directory.iterdir()):
-            raise UsageError(f"{directory}/checkpoint.pt does not exist, other files do: this is no run" * resume
-                             or f"{directory} already exists and is no run: choose another --logdir")
+            raise UsageError(f"{checkpoint} does not exist, other files do: choose another --logdir")
         if not new and not resume:
-            raise UsageError(f"{directory} already exists: add --resume to continue, or choose another --logdir")
+            raise UsageError(f"{directory} already exists: add --resume to go on, or choose another --logdir")
         if new:
             run = Run(make_config(given), make_env(place.game))
         with alone_in(directory):
+            if new and checkpoint.exists():
+                raise UsageError(f"--logdir {directory} is in use: another process has begun there")
             if new:
                 run.clear()
                 run.save()  # from now on there is something to resume
             else:
-                run, same = resumed(directory / "checkpoint.pt", given, place.device)
-                note = f", resumed at step {run.step}" + f", in a new episode: {run.config.game} saves none" * (not same)
-            return finish(run, note, again)
+                run, same = resumed(checkpoint, given, place.device)
+                note = f", resumed at step {run.step}" + ", in a new episode, its own is lost" * (not same)
+            return finish(run, note, f"python train.py {again}")
     except OSError as error:
         raise UsageError(f"--logdir {directory} cannot be used: {error.strerror or error}")
 
@@ -998,7 +1013,7 @@ def finish(run, note, again):
         if number:
             print(f"stopped at step {run.step}, saved; continue with: {again}")
             return 128 + number
-        open(directory / "writing.tmp", "wb").close()  # if it cannot be written, better to know before playing
+        open(directory / "writing.tmp", "wb").close()  # to know before playing that it can be written
         past = {name: getattr(run, name) for name in ("step", "seconds", "curve", "commits")}
         summary = evaluation(config, run.agent, past, config.eval_episodes, config.seed)
         write_json(summary, directory / "evaluation.json")

@@ -244,15 +244,17 @@ class WorldModel(nn.Module):
     stoch, classes: number of categoricals in z and their classes. hidden: H, the size of h and the features
     of the S5 layers. state_size, s5_layers, memory: P, the number of S5 layers, the length of the training
     sequences. units, mlp_layers: the MLPs. depth, first_stride: the CNN, where the observation is an image.
-    sharpness: of the initial posterior, a factor of its logits. kl_warmup: see `loss`. Raises ValueError for
-    another observation_shape.
+    sharpness: of the initial posterior, a factor of its logits. kl_warmup: see `loss`. scaled: see
+    `normalise`. Raises ValueError for another observation_shape.
     """
 
+    VARIANCE = 40.0  # of a scaled vector, all numbers together
+
     def __init__(self, observation_shape, action_size, *, stoch, classes, hidden, state_size, s5_layers,
-                 memory, units, mlp_layers, depth, first_stride, sharpness, kl_warmup):
+                 memory, units, mlp_layers, depth, first_stride, sharpness, kl_warmup, scaled):
         super().__init__()
         self.observation_shape, self.action_size = tuple(observation_shape), action_size
-        self.z_shape, self.hidden, self.kl_warmup = (stoch, classes), hidden, kl_warmup
+        self.z_shape, self.hidden, self.kl_warmup, self.scaled = (stoch, classes), hidden, kl_warmup, scaled
         inputs = stoch * classes + hidden  # of the heads: (h, z)
         self.feature_size = inputs + 3  # of State.feature, without a subgoal
         if self.observation_shape == (3, 64, 64):
@@ -268,6 +270,8 @@ class WorldModel(nn.Module):
         # to ignore it. Sharper, z is a random hash of the observation that says something from the start.
         self.encoder[-1].weight.data *= sharpness
         self.register_buffer("mean", torch.zeros(self.observation_shape))  # of the observations trained on
+        self.register_buffer("deviation", torch.ones(self.observation_shape))
+        self.unit = math.sqrt(self.VARIANCE / math.prod(self.observation_shape))  # the deviation where scaled
         self.register_buffer("updates", torch.zeros(()))
         self.inputs = nn.Linear(stoch * classes + action_size, hidden)
         self.sequence = S5Stack(hidden, state_size, s5_layers, memory)
@@ -290,20 +294,41 @@ class WorldModel(nn.Module):
         return (torch.zeros(batch, *self.sequence.state_shape, dtype=torch.cfloat, device=device),
                 torch.zeros(batch, *self.z_shape, device=device))
 
-    def update_mean(self, observation):
-        """Let the running mean of all observations follow a batch (B,T,...).
-
-        Encoder and decoder deal only with what differs from it, and the decoder starts at zero. Without this
-        hundreds of updates go into the static background: the encoder's output hardly depends on the frame, z
-        says nothing, so the decoder ignores it, so nothing teaches the encoder.
-        """
+    def update_statistics(self, observation):
+        """Let what `normalise` knows of all observations follow a batch (B,T,...)."""
         self.updates += 1
-        # A plain mean at first, then exponential. Over both dimensions at once it takes three times as long.
-        self.mean.lerp_(observation.mean(0).mean(0), self.updates.reciprocal().clamp(min=1e-3))
+        share = self.updates.reciprocal().clamp(min=1e-3)  # a plain mean at first, then exponential
+        self.mean.lerp_(observation.mean(0).mean(0), share)  # over both at once takes three times as long
+        if self.scaled:
+            variance = (observation - self.mean).square().mean((0, 1))
+            self.deviation.copy_(self.deviation.square().lerp(variance, share).sqrt().clamp(min=1e-6))
+
+    def normalise(self, observation):
+        """(..., *observation_shape) as encoder and decoder deal with it: what differs from the running mean.
+
+        The decoder starts at zero, so the static background is known at once. Without this hundreds of
+        updates go into it: the encoder's output hardly depends on the frame, z says nothing, so the decoder
+        ignores it, so nothing teaches the encoder.
+
+        The numbers of an environment's vector may have any unit, and be few or many. Where `scaled`, all get
+        one deviation, such that their error weighs as much against the KL in every game; at most 10 times
+        that, for a number that was constant until now.
+        """
+        if self.scaled:
+            return ((observation - self.mean) / self.deviation).clamp(-10, 10) * self.unit
+        return observation - self.mean
+
+    def decode(self, z, h, normalised=False):
+        """(...,32,32), (...,H) -> observations (..., *observation_shape)."""
+        inputs = torch.cat([z.flatten(-2), h], -1)
+        output = self.decoder(inputs.flatten(0, -2)).float().unflatten(0, inputs.shape[:-1])
+        if normalised:
+            return output
+        return (output / self.unit * self.deviation if self.scaled else output) + self.mean
 
     def posterior(self, observation):
         """Probabilities q(z | o): (n, *observation_shape) -> (n, 32, 32)."""
-        return unimix(self.encoder(observation - self.mean).float().unflatten(-1, self.z_shape))
+        return unimix(self.encoder(self.normalise(observation)).float().unflatten(-1, self.z_shape))
 
     def prior(self, m):
         """Probabilities p(z | m): (..., H) -> (..., 32, 32)."""
@@ -313,11 +338,6 @@ class WorldModel(nn.Module):
         """h = symlog(Linear(x)): (..., layers, P/2) -> (..., H). From the state, not from the output m of the
         stack: the state is what remembers (Hieros)."""
         return symlog(self.h_from_x(real_view(x.flatten(-2))).float())
-
-    def decode(self, z, h):
-        """(...,32,32), (...,H) -> observations (..., *observation_shape)."""
-        inputs = torch.cat([z.flatten(-2), h], -1)
-        return self.decoder(inputs.flatten(0, -2)).float().unflatten(0, inputs.shape[:-1]) + self.mean
 
     def outcome(self, z, h):
         """(...,32,32), (...,H) -> two-hot logits of the reward (..., bins), logit of the continue (...)."""
@@ -356,7 +376,8 @@ class WorldModel(nn.Module):
         reward_logits, cont_logit = self.outcome(z, h)
         # At higher levels the observation holds *samples* of z, whose best forecast are their probabilities:
         # most of this error is then noise that no decoder can reduce, and does not mean a bad model.
-        error = F.mse_loss(self.decode(z, h), observation, reduction="sum") / is_first.numel()
+        target, decoded = self.normalise(observation), self.decode(z, h, normalised=True)
+        error = F.mse_loss(decoded, target, reduction="sum") / is_first.numel()
         losses = {"image" if observation.ndim == 5 else "vector": error,
                   "rew": self.twohot.loss(reward_logits, reward).mean(),
                   "con": F.binary_cross_entropy_with_logits(cont_logit, (~is_terminal).float())}
@@ -425,7 +446,8 @@ if __name__ == "__main__":  # a demonstration: a dot runs round a ring; which wa
     torch.manual_seed(0)
     size, T, first = 8, 16, torch.arange(16).eq(0).expand(16, 16)
     model = WorldModel((size,), 2, stoch=4, classes=8, hidden=64, state_size=32, s5_layers=2, memory=T,
-                       units=64, mlp_layers=2, depth=0, first_stride=2, sharpness=1.0, kl_warmup=0)
+                       units=64, mlp_layers=2, depth=0, first_stride=2, sharpness=1.0, kl_warmup=0,
+                       scaled=False)
     optimiser = torch.optim.Adam(model.parameters(), 3e-3)
     for i in range(301):
         action = torch.randint(2, (16, T))

@@ -60,7 +60,8 @@ def run(game, seed, variant):
                         for name, array in replay.arrays.items()}, actions)
     replay.total -= HELD_OUT  # from now on what is drawn to train on
     torch.manual_seed(seed)
-    model = WorldModel((3, 64, 64), actions, memory=T, **{name: getattr(config, name) for name in MODEL})
+    model = WorldModel((3, 64, 64), actions, memory=T, scaled=False,
+                       **{name: getattr(config, name) for name in MODEL})
     if VARIANTS[variant]:
         with torch.no_grad():
             for block in model.sequence.blocks:
@@ -74,7 +75,7 @@ def run(game, seed, variant):
     optimiser = Optimiser(1e-8, 1000, (encoder, config.encoder_lr), (others, config.model_lr), (slow, rate))
     for _ in range(UPDATES):
         batch = tensors(replay.sample(config.batch_size), actions)
-        model.update_mean(batch[0])
+        model.update_statistics(batch[0])
         loss, *_ = model.loss(*batch)
         loss.backward()
         optimiser.step()

@@ -71,7 +71,7 @@ def main(game, path, *flags):
     held_out = tensors({name: array[STEPS:].reshape(-1, config.batch_length, *array.shape[1:])
                         for name, array in replay.arrays.items()}, actions)
     replay.total = STEPS  # from now on what is drawn to train on
-    model = WorldModel((3, 64, 64), actions, memory=config.batch_length,
+    model = WorldModel((3, 64, 64), actions, memory=config.batch_length, scaled=False,
                        **{name: getattr(config, name) for name in MODEL})
     encoder, others = model.encoder.parameters(), [
         p for name, p in model.named_parameters() if not name.startswith("encoder.")]
@@ -91,7 +91,7 @@ def main(game, path, *flags):
             Path(path).write_text(json.dumps(result, indent=1) + "\n")
             print(config.game, values, result["cpu_seconds"], flush=True)
         batch = tensors(replay.sample(config.batch_size), actions)
-        model.update_mean(batch[0])
+        model.update_statistics(batch[0])
         loss, *_ = model.loss(*batch)
         loss.backward()
         optimiser.step()
