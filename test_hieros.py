@@ -2328,7 +2328,7 @@ class Lengths(gymnasium.Env):
     """The k-th episode of the i-th environment has LENGTHS[i, k] steps of reward 1; every second is cut off,
     not ended. The observation is the step in the episode."""
 
-    LENGTHS, made = np.random.default_rng(0).integers(1, 9, (2, 99)), []
+    LENGTHS, made = np.random.default_rng(0).integers(1, 9, (2, 99)) * [[1], [3]], []
     observation_space = gymnasium.spaces.Box(0, 99, (1,), np.float32)
     action_space = gymnasium.spaces.Discrete(3)
 

@@ -1,8 +1,7 @@
 """What an update costs, and how long a run would take here: `python results/profile.py --preset paper`.
 
-It takes the flags of train.py and trains each level a few times on real batches; with --logdir it also writes
-LOGDIR/profile.json. An update's cost in peak-GFLOP is its seconds times the speed of this machine's matrix
-product in the same minute: the same number on every machine. Medians, after two updates for warming up.
+With the flags of train.py; --logdir says where profile.json goes. Cost in peak-GFLOP is the seconds of an
+update times the speed of a matrix product here in the same minute. Medians, after two updates to warm up.
 """
 
 import sys
@@ -33,8 +32,7 @@ class Operations(TorchDispatchMode):
 def timed(work, device):
     """(seconds that work() takes, on a GPU until all that it was told to do is done; what it returns)."""
     wait = (lambda: torch.cuda.synchronize(device)) if device.startswith("cuda") else (lambda: None)
-    begin = wait() or time.perf_counter()
-    value = work()
+    begin, value = wait() or time.perf_counter(), work()
     return (wait() or time.perf_counter()) - begin, value
 
 
@@ -48,7 +46,7 @@ def measure(run, updates=5):
         game = run.restart if run.now["is_last"][0] else lambda: run.play(int(steps[0]["action"][0]))
         times.append([acting, timed(game, device)[0]])
     act, env = np.mean(times[len(times) // 2:], 0).tolist()
-    (a, b), levels, hours = torch.rand(2, 1024, 1024, device=device), [], config.steps * (act + env) / 3600
+    (a, b), levels, seconds = torch.rand(2, 1024, 1024, device=device), [], config.steps * (act + env)
     for i, level in enumerate(run.agent.levels):
         samples = []  # [seconds of drawing a batch, of an update, of a matrix product]
         for _ in range(2 + updates):
@@ -56,20 +54,20 @@ def measure(run, updates=5):
             product = np.median([timed(lambda: a @ b, device)[0] for _ in range(5)])
             with train.autocast(config):
                 samples.append([drawing, timed(lambda: level.update(batch), device)[0], product])
-        with train.autocast(config), FlopCounterMode(display=False) as flops, Operations() as operations:
+        with train.autocast(config), FlopCounterMode(display=False) as flops, Operations() as counted:
             level.update(batch)
         drawing, cost, product = np.median(samples[2:], 0).tolist()
         gflop, peak = flops.get_total_flops() / 1e9, 2 * 1024 ** 3 / product / 1e9
         levels.append({"seconds": cost, "gflop": gflop, "matmul_gflops": peak, "cost": cost * peak,
-                       "dispatched_ops": operations.count, "sample_seconds": drawing})
+                       "dispatched_ops": counted.count, "sample_seconds": drawing})
         print(f"level {i}: {cost:.3f} s an update, {gflop:.1f} GFLOP ({gflop / cost / peak:.0%} of peak),"
-              f" {cost * peak:.0f} peak-GFLOP, {operations.count} operations, drawing {1e3 * drawing:.1f} ms")
-        due = (config.steps - config.warmup) / (config.train_every * config.k ** i)  # updates in all
-        hours += due * (cost + drawing) / 3600
+              f" {cost * peak:.0f} peak-GFLOP, {counted.count} operations, drawing {1e3 * drawing:.1f} ms")
+        seconds += (config.steps - config.warmup) / (config.train_every * config.k ** i) * (cost + drawing)
     print(f"acting {1e3 * act:.1f} ms and the game {1e3 * env:.1f} ms a step; {config.steps} steps would take"
-          f" about {hours:.1f} hours on this machine, without the final evaluation")
-    return {"preset": config.preset, "device": device, "threads": torch.get_num_threads(), "levels": levels,
-            "precision": config.precision, "act_seconds": act, "env_seconds": env, "projected_hours": hours}
+          f" about {seconds / 3600:.1f} hours on this machine, without the final evaluation")
+    return {"preset": config.preset, "device": device, "threads": torch.get_num_threads(), "precision":
+            config.precision, "act_seconds": act, "env_seconds": env, "levels": levels,
+            "projected_hours": seconds / 3600}
 
 
 if __name__ == "__main__":
