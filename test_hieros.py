@@ -997,7 +997,7 @@ def test_an_update_changes_every_parameter_and_nothing_is_on_the_wrong_device(le
     for i, level in enumerate(agent.levels):
         before = parameters_of(level)
         for _ in range(3):  # heads that start at zero pass on gradients only later
-            metrics = level.update(batch_of(agent, i))
+            metrics = level.update(batch_of(agent, i, 2, 4))
         unused = ("autoencoder",) if levels == 1 else ()
         for name, p in level.named_parameters():
             assert torch.equal(p, before[name]) == name.startswith(unused or "none"), name
@@ -1483,6 +1483,7 @@ def metrics_of(directory):
     return [line for line in lines if not any(name.startswith("seconds") for name in line)]
 
 
+@slow
 def test_resumed_run_is_bitwise_the_undisturbed_one(tmp_path):
     """Stop at a checkpoint, start with all new objects, resume: metrics and weights are the same bits."""
     whole = train.Run(catch_config(tmp_path / "whole", starts=32), Catch())
@@ -1500,6 +1501,7 @@ def test_resumed_run_is_bitwise_the_undisturbed_one(tmp_path):
         assert torch.equal(value, second.agent.state_dict()[name]), name
 
 
+@slow
 def test_a_run_acts_with_its_present_weights(tmp_path):
     """What a run keeps of its layers between steps belongs to the weights of the last update or checkpoint of
     each level, and only the level that was updated is computed anew."""
@@ -1517,6 +1519,7 @@ def test_a_run_acts_with_its_present_weights(tmp_path):
     assert run.discretised[0] is not before[0] and run.discretised[1] is before[1]
 
 
+@slow
 def test_metrics_have_the_names_that_dreamer_users_know(tmp_path):
     """Scores, lengths, losses and speed stand in metrics.jsonl under DreamerV3's names, a line a level; an
     episode's length is the number of its agent steps."""
@@ -1552,6 +1555,7 @@ class Odd(Catch):
         return observation, float(self.steps), last and not cut, last and cut, {}
 
 
+@slow
 @pytest.mark.parametrize("lengths", [
     itertools.repeat(1), [10 ** 9], np.random.default_rng(0).geometric(0.1, 200)],
     ids=["of one step", "endless", "of random lengths"])
@@ -1582,6 +1586,7 @@ def test_a_run_survives_odd_episodes(lengths, tmp_path):
     assert run.replays[0].total > 6 * run.replays[0].capacity and len(ends) == len(run.curve)
 
 
+@slow
 def test_profile_counts_what_an_update_does(tmp_path, monkeypatch, capsys):
     """results/profile.py trains each level a few times, says what an update costs, and leaves nothing but its
     file; a view is no operation."""
@@ -1690,6 +1695,7 @@ def test_bad_input_is_one_clear_line(refused, tmp_path, flags, words):
     assert all(word in line for word in words), line
 
 
+@slow
 def test_every_setting_is_checked(refused):
     """What is not of a setting's type, no choice of its, or just out of its range is refused by name."""
     for field in dataclasses.fields(train.Config):
@@ -1707,6 +1713,7 @@ def test_a_game_without_its_rom_is_one_clear_line(refused, monkeypatch, tmp_path
     assert "no ROM of 'pong'" in refused("train.py", "--game", "pong", "--preset", "debug")
 
 
+@slow
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_signals_save_first(number, tmp_path):
     """Ctrl+C and SIGTERM save the run and say how to continue it; continued, it ends with a score."""
@@ -1729,6 +1736,7 @@ def test_signals_save_first(number, tmp_path):
     assert summary["agent_steps"] == step + 10 and len(summary["returns"]) == 1
 
 
+@slow
 def test_killed_at_any_moment_a_run_ends_as_if_undisturbed(tmp_path):
     """SIGKILL at random moments, resume, again and again: in the end every line of metrics.jsonl is there
     exactly once and the weights are bitwise those of a run that nobody killed."""
@@ -1758,6 +1766,7 @@ def test_killed_at_any_moment_a_run_ends_as_if_undisturbed(tmp_path):
     assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
 
 
+@slow
 def test_a_full_disk_leaves_the_checkpoint_intact(tmp_path, monkeypatch, capsys):
     """When a checkpoint cannot be written, the one before stays whole, and one line says what to do."""
     settings = ["--game", "breakout", "--preset", "debug", "--device", "cpu", "--warmup", "0",
@@ -1947,6 +1956,7 @@ def test_minimal_actions_and_none_of_them_sticks(game, actions):
     assert env.game.ale.getFloat("repeat_action_probability") == 0 and env.game.ale.getInt("frame_skip") == 1
 
 
+@slow
 def test_all_games_play():
     """Each of the 104, whatever the size of its screen (some have 214, 220, 230 or 250 rows)."""
     rows = set()
@@ -2220,6 +2230,7 @@ def test_a_first_save_that_was_cut_short_is_no_dead_end(registered, refused, tmp
     assert train.main(["--game", "Tiny-v0", "--resume", "--logdir", str(tmp_path / "new"), *QUICK]) == 0
 
 
+@slow
 def test_a_second_process_in_a_directory_is_refused(registered, refused, tmp_path):
     """By name, before it touches anything; the lock that a killed process leaves behind blocks nobody."""
     pytest.importorskip("fcntl")
@@ -2233,6 +2244,7 @@ def test_a_second_process_in_a_directory_is_refused(registered, refused, tmp_pat
     assert train.main([*command, "--resume"]) == 0
 
 
+@slow
 def test_a_terminal_that_has_gone_away_costs_no_score(tmp_path):
     """With standard output and error closed at the other end a run trains to its end, writes its score and
     exits with 0."""
@@ -2386,6 +2398,7 @@ def perfect(observation):
     return 1 + np.sign(observation[:, :5].argmax(1) - observation[:, 5:10].argmax(1))
 
 
+@slow
 @pytest.mark.parametrize("levels, steps, seed", [(1, 3700, 0), (2, 4200, 0)])
 def test_it_learns(levels, steps, seed, tmp_path):
     """Flat and hierarchical agents learn Catch to 90% of the best return; an untrained agent is far below."""
@@ -2436,6 +2449,7 @@ def groups(*files):
     return list(evaluate.load_results(files))
 
 
+@slow
 def test_evaluation_of_a_run(tmp_path, capsys):
     """A saved run plays as many episodes as asked; its score goes to a file named after what was played, and
     what training wrote stays as it is; with --json - the standard output is that JSON and nothing else. The
@@ -2489,6 +2503,7 @@ def test_evaluation_loads_the_trained_weights(tmp_path):
         assert torch.equal(value, run.agent.state_dict()[name]), name
 
 
+@slow
 def test_the_modules_work_without_results(tmp_path):
     """The .py files alone are enough: evaluate.py is imported, gives help and a table, and says in the table
     why no published methods stand there."""
@@ -2545,6 +2560,7 @@ def own_games(monkeypatch):
         gymnasium.register(f"{kind.__name__}-v0", kind)
 
 
+@slow
 def test_own_games_are_evaluated_and_filmed(own_games, tmp_path, monkeypatch, capsys):
     """An environment that observes numbers gets a score beside that of random play, measured in the same
     evaluation, also in the table; its film shows its own frames, and where it has none, one line says why."""
@@ -2751,6 +2767,7 @@ def record_film(monkeypatch, agent, env, **arguments):
     return frames
 
 
+@slow
 def test_film_shows_subgoals_at_their_own_pace(monkeypatch):
     """In a film level i's goal changes when level i + 1 acts, every k^(i+1) steps, and stands until then."""
     torch.manual_seed(0)
@@ -2780,6 +2797,7 @@ def test_film_draws_each_goal_from_the_state_in_which_it_was_set(monkeypatch):
             assert z is held["z"] and torch.equal(h, g_h)
 
 
+@slow
 def test_film_dream_starts_from_the_truth_and_then_sees_nothing(monkeypatch):
     """The dream of the film equals the reconstruction where it restarts, and whatever the game shows
     afterwards leaves it unchanged; the actions do change it."""
@@ -2806,6 +2824,7 @@ def test_film_dream_starts_from_the_truth_and_then_sees_nothing(monkeypatch):
     assert all(np.array_equal(panels[1], panels[2]) for panels in always)
 
 
+@slow
 def test_film_file(tmp_path, capsys):
     """--video writes a GIF of captioned panels, three for a flat agent and two more for three levels, and
     less than its limit of bytes even of pure noise."""
@@ -3060,6 +3079,7 @@ def test_dream_film_runs_without_the_game():
         assert len(dream(agent, train.Atari("pong"), context=8, steps=12)) == 8 + 1
 
 
+@slow
 def test_novelty_is_measured_on_states_of_each_level(tmp_path):
     """results/novelty.py: the loss of each level's autoencoder over its own ticks, of the own game, of others
     with fewer actions, and of random play."""
@@ -3073,6 +3093,7 @@ def test_novelty_is_measured_on_states_of_each_level(tmp_path):
         assert novelty.novelty(run.agent, train.Atari("boxing"), 9) == [1.5, 1.5] and seen == [9, 3]
 
 
+@slow
 def test_bars_stand_beside_published_ones(tmp_path):
     """results/bars.py shows each game's human-normalised score of each of our groups, then those published
     for the game; aggregates only over games that all groups have; a whisker only where a game has several
@@ -3115,6 +3136,7 @@ def test_curves_show_mean_and_range(tmp_path):
     assert (band.min(), band.max()) == (-20, -10)
 
 
+@slow
 def test_pictures_of_s5_and_of_sampling(tmp_path):
     """results/s5_kernels.py: kernels are what the layers answer to an impulse. results/etbs.py: with uniform
     draws early steps are drawn most; tau = 0.3 comes nearer to equally often."""
@@ -3136,6 +3158,7 @@ def test_pictures_of_s5_and_of_sampling(tmp_path):
     assert np.isclose(uniform.mean(), 1) and np.isclose(hieros.mean(), 1)
 
 
+@slow
 def test_a_gru_in_parallel_is_the_gru_step_by_step(tmp_path, monkeypatch):
     """results/gru.py: its stack has S5Stack's interface, forgets at resets, and trains in the place of S5;
     the result says so."""
