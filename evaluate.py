@@ -191,9 +191,10 @@ def film(agent, env, game, seed, path, steps=300, restart=45):
 # The conventions of rliable, Agarwal et al. 2021, arXiv 2108.13264.
 AGGREGATES = ("mean", "median", "IQM", "optimality gap")  # more is better; of the gap, less
 
-# Settings that came and went, so that files from before or after lack them, and the value at which each does
-# nothing: as if there were no such setting.
-NEUTRAL = {"observation_variance": 0, "sequence": "s5", "compile": False}
+# Settings that came or went, so that files from before or after lack them, and the value at which each does
+# nothing: as if there were no such setting. A new setting that has such a value belongs here, or else the
+# runs from before it stand apart, as "unknown".
+NEUTRAL = {"observation_variance": 0, "sequence": "s5", "compile": False, "warmup_hold": 1}
 
 
 def read_published():

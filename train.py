@@ -70,6 +70,7 @@ class Config:
 
     steps: int = setting(100_000, "agent steps; on Atari each is 4 frames", 1)
     warmup: int = setting(1000, "agent steps before the first update", 0)
+    warmup_hold: int = setting(1, "steps for which each action is held before the first update", 1)
     train_every: int = setting(1, "agent steps per update of level 0; level i has k^i times fewer updates", 1)
     batch_size: int = setting(16, "B, sequences in a batch", 1)
     batch_length: int = setting(64, "T, steps in a sequence", 2)
@@ -119,10 +120,11 @@ PRESETS = {
                 state_size=64, s5_layers=2, units=128, first_stride=4, sharpness=10.0, kl_warmup=200,
                 horizon=10, starts=128, gamma=0.99, slow=0.1, entropy_scale=1e-3, subgoal_weight=0.03,
                 encoder_lr=3e-4, model_lr=1e-3, actor_lr=3e-4, critic_lr=1e-3, autoencoder_lr=1e-3),
-    "vector": dict(steps=20_000, warmup=500, train_every=4, batch_length=32, stoch=8, classes=8, hidden=64,
-                   state_size=32, s5_layers=2, units=64, mlp_layers=1, horizon=12, starts=256, gamma=0.99,
-                   slow=0.1, entropy_scale=3e-3, encoder_lr=1e-3, model_lr=1e-3, actor_lr=1e-3,
-                   critic_lr=1e-3, autoencoder_lr=1e-3),
+    "vector": dict(steps=20_000, warmup=2500, warmup_hold=4, train_every=6, batch_size=8, batch_length=32,
+                   stoch=16, classes=16, hidden=64, state_size=32, s5_layers=2, units=64, sharpness=10.0,
+                   kl_warmup=100, horizon=15, starts=96, gamma=0.99, slow=0.1, entropy_scale=1e-3,
+                   subgoal_weight=0.03, encoder_lr=1e-3, model_lr=1e-3, actor_lr=5e-4, critic_lr=3e-3,
+                   autoencoder_lr=1e-3),
     "debug": dict(steps=1200, replay_size=2000, train_every=10, warmup=300, batch_size=4, batch_length=16,
                   stoch=8, classes=8, hidden=64, state_size=32, s5_layers=2, units=64, mlp_layers=1, depth=8,
                   first_stride=4, horizon=5, starts=32, log_every=100, save_every=400, eval_episodes=2),
@@ -583,8 +585,12 @@ class Run:
     def act(self):
         """Every level that is due updates its state and chooses. Returns, from level 0 upwards, what each of
         them has to remember."""
+        level = self.memory["levels"][0]
         with autocast(self.config):
             self.memory, ticks = self.agent.act(self.memory, **self.now, discretised=self.discretised)
+            # At first it plays at random; where it changes its mind at each step, it may get nowhere.
+            if self.step < self.config.warmup and self.memory["t"][0] % self.config.warmup_hold:
+                ticks[0]["action"] = self.memory["levels"][0]["action"] = level["action"]
             return self.agent.transitions(ticks)
 
     def remember(self, transitions):
@@ -775,6 +781,7 @@ class Log:
 def train(run, progress=True):
     """Act, learn, log, save, until config.steps. Returns the number of the signal that ended it, else 0."""
     config, stopped, run.since = run.config, [], time.perf_counter()
+    run.directory.mkdir(parents=True, exist_ok=True)
     handlers = {number: signal.signal(number, lambda number, frame: stopped.append(number))
                 for number in (signal.SIGINT, signal.SIGTERM)}
     bar = tqdm(total=config.steps, initial=run.step, unit="step", disable=not progress, dynamic_ncols=True,

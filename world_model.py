@@ -248,7 +248,7 @@ class WorldModel(nn.Module):
     `normalise`. Raises ValueError for another observation_shape.
     """
 
-    DEVIATION = 3.0  # of scaled numbers
+    VARIANCE = 40.0  # of a scaled vector, all numbers together
 
     def __init__(self, observation_shape, action_size, *, stoch, classes, hidden, state_size, s5_layers,
                  memory, units, mlp_layers, depth, first_stride, sharpness, kl_warmup, scaled):
@@ -271,6 +271,7 @@ class WorldModel(nn.Module):
         self.encoder[-1].weight.data *= sharpness
         self.register_buffer("mean", torch.zeros(self.observation_shape))  # of the observations trained on
         self.register_buffer("deviation", torch.ones(self.observation_shape))
+        self.unit = math.sqrt(self.VARIANCE / math.prod(self.observation_shape))  # the deviation where scaled
         self.register_buffer("updates", torch.zeros(()))
         self.inputs = nn.Linear(stoch * classes + action_size, hidden)
         self.sequence = S5Stack(hidden, state_size, s5_layers, memory)
@@ -309,13 +310,12 @@ class WorldModel(nn.Module):
         updates go into it: the encoder's output hardly depends on the frame, z says nothing, so the decoder
         ignores it, so nothing teaches the encoder.
 
-        The numbers of an environment's vector may have any unit, and are few. Where `scaled`, each gets the
-        same DEVIATION, 3, or the KL would outweigh their error; at most 10 times that, for one that was
-        constant until now.
+        The numbers of an environment's vector may have any unit, and be few or many. Where `scaled`, all get
+        one deviation, such that their error weighs as much against the KL in every game; at most 10 times
+        that, for a number that was constant until now.
         """
         if self.scaled:
-            scaled = (observation - self.mean) * (self.DEVIATION / self.deviation)
-            return scaled.clamp(-10 * self.DEVIATION, 10 * self.DEVIATION)
+            return ((observation - self.mean) / self.deviation).clamp(-10, 10) * self.unit
         return observation - self.mean
 
     def decode(self, z, h, normalised=False):
@@ -324,7 +324,7 @@ class WorldModel(nn.Module):
         output = self.decoder(inputs.flatten(0, -2)).float().unflatten(0, inputs.shape[:-1])
         if normalised:
             return output
-        return (output * (self.deviation / self.DEVIATION) if self.scaled else output) + self.mean
+        return (output / self.unit * self.deviation if self.scaled else output) + self.mean
 
     def posterior(self, observation):
         """Probabilities q(z | o): (n, *observation_shape) -> (n, 32, 32)."""

@@ -1,7 +1,7 @@
 """How long do dreams stay true? `python results/open_loop.py RUN ERROR.png STRIP.png`
 
 From 32 sequences of newly played episodes the model sees 5 steps and then imagines 60, told the true actions.
-ERROR.png and the printed table: mean squared error a pixel by the dream's length, beside two predictors that
+ERROR.png and what is printed: mean squared error a pixel by the dream's length, beside two predictors that
 know nothing of the game: the last frame seen, repeated; and the mean of all frames, which nobody could know.
 STRIP.png: true frames above imagined ones of one sequence.
 """
@@ -27,32 +27,29 @@ def fresh_sequences(agent, env, seed, count=32, length=CONTEXT + HORIZON):
         steps.append((torch.as_tensor(now["observation"]), memory["levels"][0]["action"],
                       torch.as_tensor(now["is_first"])))
         if len(steps) == length:
-            sequences.append([torch.cat(field) for field in zip(*steps)])
-            steps = []
+            sequences, steps = [*sequences, [torch.cat(field) for field in zip(*steps)]], []
         if len(sequences) == count:
-            observation, action, is_first = map(torch.stack, zip(*sequences))
-            observation = agent.levels[0].observation({"observation": observation.to(action.device)})
-            return observation, action, is_first.to(action.device)
+            o, a, is_first = map(torch.stack, zip(*sequences))
+            return agent.levels[0].observation({"observation": o.to(a.device)}), a, is_first.to(a.device)
     raise UsageError(f"episodes are too short: {len(sequences)} of {count} sequences of {length} steps")
 
 
 def open_loop_error(truth, imagined):
     """At horizon 1 ... T - CONTEXT: {name: (T-CONTEXT,) array}, of frames (N,T,3,64,64)."""
-    future = truth[:, CONTEXT:]
     guesses = {"dream": imagined[:, CONTEXT:], "last frame, repeated": truth[:, CONTEXT - 1:CONTEXT],
                "mean frame": truth.mean((0, 1))}
-    return {name: (own - future).square().mean((0, 2, 3, 4)).cpu().numpy() for name, own in guesses.items()}
+    return {name: (guess - truth[:, CONTEXT:]).square().mean((0, 2, 3, 4)).cpu().numpy()
+            for name, guess in guesses.items()}
 
 
 def draw(truth, imagined, game, error_path, strip_path, columns=(0, 1, 2, 5, 10, 15, 20, 30, 45, 60)):
-    """Both pictures and the table, which has four points of each curve."""
+    """Both pictures, and four points of each curve printed."""
     from matplotlib.figure import Figure
     figure, points = Figure((6, 4), layout="constrained"), [5, 15, 30, 60]
     axis = figure.add_subplot(title=game, xlabel="steps imagined", ylabel="mean squared error a pixel")
-    print("mean squared error after   " + "".join(f"{f'{n} steps':>10}" for n in points))
     for (name, error), style in zip(open_loop_error(truth, imagined).items(), ("-", "--", ":")):
         axis.plot(range(1, len(error) + 1), error, style, label=name)
-        print(f"{name:<27}" + "".join(f"{error[n - 1]:>10.5f}" for n in points))
+        print(f"{name:<22}" + "".join(f"  {n} steps {error[n - 1]:.5f}" for n in points))
     axis.legend()
     figure.savefig(error_path, dpi=120)
     figure = Figure((len(columns), 2.6), layout="constrained")
@@ -61,7 +58,6 @@ def draw(truth, imagined, game, error_path, strip_path, columns=(0, 1, 2, 5, 10,
         top.imshow(image_bytes(truth[-1, CONTEXT - 1 + n]))
         bottom.imshow(image_bytes(imagined[-1, CONTEXT - 1 + n]))
         top.set_title(f"+{n}" if n else "last seen", fontsize=9)
-    axes[0, 0].set_ylabel("truth"), axes[1, 0].set_ylabel("dream")
     figure.savefig(strip_path, dpi=120)
 
 
