@@ -743,7 +743,6 @@ class Log:
     def write(self, step, values, level=None):
         """One line: {"step", "level" where there is one, name: value, ...}."""
         if self.board is None:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
             try:
                 from torch.utils.tensorboard import SummaryWriter
                 # purge_step: what a killed process wrote beyond its last checkpoint is not shown.
