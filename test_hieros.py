@@ -2162,7 +2162,7 @@ def test_own_games_are_scored_beside_random_play(registered, tmp_path, capsys):
 def test_an_environment_that_cannot_be_saved_starts_a_new_episode(registered, tmp_path, capsys):
     """All else continues; its random numbers too, and the message says so."""
     name, directory = registered(), tmp_path / "run"
-    given = {"preset": "debug", "game": name, "device": "cpu", "logdir": str(directory)}
+    given = {"preset": "debug", "game": name, "device": "cpu", "seed": 3, "logdir": str(directory)}
     run = train.Run(train.make_config(given), train.make_env(name))
     for _ in range(3):
         run.play(0)

@@ -742,9 +742,6 @@ class Log:
 
     def write(self, step, values, level=None):
         """One line: {"step", "level" where there is one, name: value, ...}."""
-        labels = {"step": step} if level is None else {"step": step, "level": level}
-        with open(self.path, "a") as file:
-            file.write(json.dumps(labels | values) + "\n")
         if self.board is None:
             try:
                 from torch.utils.tensorboard import SummaryWriter
@@ -754,11 +751,16 @@ class Log:
                 self.board = False
                 if not isinstance(error, ModuleNotFoundError):
                     print(f"train.py: no TensorBoard: {one_line(error)}", file=sys.stderr)
+        labels = {"step": step} if level is None else {"step": step, "level": level}
+        with open(self.path, "a") as file:
+            file.write(json.dumps(labels | values) + "\n")
         for name, value in values.items() if self.board else ():
             self.board.add_scalar(name if level is None else f"level_{level}/{name}", value, step)
 
     def state(self):
         """What `restore` needs: the length of the file, which is on the disk then, and the sums."""
+        if not self.path.exists():
+            return {"bytes": 0, "sums": self.sums}
         with open(self.path, "a") as file:
             os.fsync(file.fileno())
             return {"bytes": file.tell(), "sums": self.sums}
@@ -767,8 +769,8 @@ class Log:
         """Cut off the lines written after the checkpoint: the resumed run writes them again."""
         self.sums, self.start = state["sums"], step + 1
         self.means(step)  # sums that are none are noticed now
-        with open(self.path, "a") as file:
-            file.truncate(min(state["bytes"], file.tell()))
+        if self.path.exists():
+            os.truncate(self.path, min(state["bytes"], self.path.stat().st_size))
 
 
 # ------------------------------------------------------------------------------------------------------------
