@@ -358,18 +358,23 @@ def test_imagination_starts_where_observation_ends():
     assert not imagined.h.requires_grad
 
 
-def test_loss_by_hand(fixed_draws):
-    """The squared error summed over the observation, two-hot cross-entropy of the reward, Bernoulli of going
-    on, 0.5 and 0.1 of the KL with its free nat; means over all steps; a start state is the posterior's."""
-    model = awake(WorldModel((6,), 3, **TINY | dict(sharpness=50.0)))
-    observation, action = torch.rand(2, 5, 6), F.one_hot(torch.randint(3, (2, 5)), 3).float()
+@pytest.mark.parametrize("scaled", [False, True])
+def test_loss_by_hand(scaled, fixed_draws):
+    """The squared error summed over the observation, in units of its deviation where `scaled`; two-hot
+    cross-entropy of the reward, Bernoulli of going on, 0.5 and 0.1 of the KL with its free nat; means over
+    all steps. A start state is the posterior's."""
+    model = awake(WorldModel((6,), 3, **TINY | dict(sharpness=50.0, scaled=scaled)))
+    observation = torch.rand(2, 5, 6) * torch.tensor([1, 10, 1, 1, 1, 0.1])
+    action = F.one_hot(torch.randint(3, (2, 5)), 3).float()
     reward, first, terminal = torch.randn(2, 5), first_flags(2, 5, 0, 3), first_flags(2, 5, 2)
+    model.update_statistics(observation)
     loss, states, metrics = model.loss(observation, action, reward, first, terminal)
     z, h, x, q, p = model.observe(observation, action, first)
+    unit = observation.std((0, 1), correction=0) / (40 / 6) ** 0.5 if scaled else 1.0
     logits, cont_logit = model.outcome(z, h)
     cont = torch.sigmoid(cont_logit)
     kl = (q * (q / p).log()).sum((-2, -1))
-    by_hand = {"loss/vector": (model.decode(z, h) - observation).square().sum(-1),
+    by_hand = {"loss/vector": ((model.decode(z, h) - observation) / unit).square().sum(-1),
                "loss/rew": model.twohot.loss(logits, reward), "loss/dyn": kl.clamp(min=1),
                "loss/con": -torch.where(terminal, 1 - cont, cont).log(), "kl": kl}
     for name, value in by_hand.items():
@@ -535,7 +540,9 @@ def test_numbers_of_any_unit_count_alike():
     """All numbers of an environment's vector get one deviation, together a variance of 40, whatever their
     units; one that has never varied counts ten deviations when it does; `decode` gives the units back."""
     model = WorldModel((4,), 3, **TINY | {"scaled": True})
-    batches = torch.randn(300, 2, 8, 4) * torch.tensor([1e-3, 1.0, 1e4, 0.0]) + torch.tensor([5.0, 0, -1e5, 2])
+    spread = torch.tensor([0.5, 1.75 ** 0.5]).repeat(150).view(300, 1, 1, 1)  # not alike; their variance is 1
+    batches = torch.randn(300, 2, 8, 4) * spread * torch.tensor([1e-3, 1.0, 1e4, 0.0])
+    batches += torch.tensor([5.0, 0, -1e5, 2])
     for batch in batches:
         model.update_statistics(batch)
     scaled = model.normalise(batches[-100:])
