@@ -237,7 +237,7 @@ class Level(nn.Module):
         self.slow_critics = copy.deepcopy(self.critics).requires_grad_(False)
         self.autoencoder = SubgoalAutoencoder(self.world_model.hidden, code_shape, units, mlp_layers)
         self.normaliser = ReturnNormaliser([self.FLOORS[name] for name in rewards])
-        # Share of a reward's cause that is there a tick later: a goal lives k ticks, its choice is judged once.
+        # What is left of a reward's cause a tick later: a goal lives k ticks, its choice is judged once.
         stays = {"subgoal": 1 - 1 / k, "reached": 0.0} if hindsight else {}
         self.register_buffer("stays", torch.tensor([stays.get(name, 1.0) for name in rewards]),
                              persistent=False)
@@ -274,7 +274,8 @@ class Level(nn.Module):
     def hindsight_goals(self, subgoal, h, is_first):
         """Subgoals (B,T,8*8), a share of them replaced by the code of what came 1 ... k ticks later."""
         now = torch.arange(h.shape[1], device=h.device).expand(is_first.shape)
-        later = (now + torch.randint_like(now, 1, self.k + 1)).clamp(max=h.shape[1] - 1)
+        later = now + 1 + (self.k * torch.rand_like(h[..., 0])).long()
+        later = later.clamp(max=h.shape[1] - 1)
         episode = is_first.cumsum(1)
         known = (later > now) & (episode.gather(1, later) == episode)
         swap = known & (torch.rand_like(h[..., 0]) < self.hindsight)

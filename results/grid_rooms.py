@@ -1,7 +1,7 @@
-"""Does the hierarchy of two levels come out of its circle? `python results/grid_rooms.py SEED HINDSIGHT OUT.json`.
+"""Does a hierarchy learn goals for their own sake? `python results/grid_rooms.py SEED HINDSIGHT OUT.json`.
 
-Four rooms and no reward: what is left to learn is where one can go, and to go there. 0 is the paper's rule.
-Writes what results/subgoals.py measures, in the form that it writes. Three CPU minutes.
+Four rooms, no reward: all there is to learn is where one can go, and to go there. HINDSIGHT 0 is the paper's
+rule. Writes what results/subgoals.py measures, in the form that it writes. Three CPU minutes.
 """
 import sys
 import tempfile
@@ -20,8 +20,8 @@ from subgoals import subgoal_study
 
 
 class GridRooms(gymnasium.Env):
-    """11 x 11 cells: a cross of walls with a door in each arm makes four rooms of 5 x 5. Five actions: stay or
-    go one cell. Seen are row and column, one-hot. An episode has 200 steps and begins in any cell."""
+    """Four rooms of 5 x 5 cells, doors between them. Five actions: stay, or go one cell. Seen are row and
+    column, one-hot. An episode has 200 steps and begins in any cell."""
 
     MOVES = ((0, 0), (0, 1), (0, -1), (1, 0), (-1, 0))
 
@@ -79,8 +79,8 @@ def main(seed, hindsight, out):
     seconds = time.process_time() - start
     with torch.inference_mode():
         study = subgoal_study(agent, GridRooms(), 1, steps=2000)
-    train.write_json({"game": "grid_rooms", "seed": int(seed), "settings": SETTINGS | settings,
-                      "agent_steps": SETTINGS["steps"], "cpu_seconds": seconds, "levels": study} | train.origin(), out)
+    train.write_json({"game": "grid_rooms", "settings": SETTINGS, "agent_steps": SETTINGS["steps"],
+                      "cpu_seconds": seconds, "levels": study} | settings | train.origin(), out)
 
 
 if __name__ == "__main__":

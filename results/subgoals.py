@@ -1,11 +1,11 @@
 """Are subgoals reached, and do they matter? `python results/subgoals.py RUN OUT.json`, 4,000 steps of play.
 
-Of each level that gets goals: `reached`, how near it is to a goal when its time is up, as cosine-max. Beside it
-`before`, when it was set; `shuffled`, to the goal of another time; `possible`, to the best, the code of what
-was done. `obeyed`: how far another goal changes what it does, 0 not at all, 1 entirely (total variation).
-`told`: how near a goal is to the nearest thing ever done. `able`: dreamed, how near to the code of what was
-done from here if that is the goal; `unled`, if it is another. `controllable`: shares of the variance, k dreamed
-ticks on, that scene, action (one, held) and chance have in what goals are about; `named`: in what its code keeps.
+Of each level that gets goals. `reached`: how near it is to a goal when its time is up, as cosine-max; beside it
+`before`, when it was set; `shuffled`, to the goal of another time; `possible`, to the code of what was done.
+`obeyed`: how much another goal changes what it does, 0 not at all, 1 entirely (total variation). `told`: how
+near is to a goal the nearest of all that was done. `able`: dreamed, how near to what was done from here if that
+is the goal; `unled`: if another is. `controllable`: shares in the variance of what goals are about, k dreamed
+ticks on, of scene, action (one, held) and chance; `named`: in that of what its code keeps.
 """
 import sys
 from pathlib import Path
@@ -54,12 +54,12 @@ def subgoal_study(agent, env, seed, steps=4000):
         state = State(*map(torch.cat, zip(*states[i][:count])))
         start, done = state.h, level.named(end, state.h)
         best, another = level.autoencoder.code(done), lambda code: code.roll(count // 2, 0)
-        end_of = lambda goal: level.world_model.imagine(state, lambda now: level.policy(now, goal), level.k)[0].h[-1]
+        end_of = lambda goal: level.world_model.imagine(state, lambda s: level.policy(s, goal), level.k)[0].h[-1]
         p, q = level.actor(state.feature(code)), level.actor(state.feature(another(code)))
         values = {"reached": level.nearness(code, end, start), "before": level.nearness(code, start, start),
                   "shuffled": level.nearness(another(code), end, start),
                   "possible": level.nearness(best, end, start), "obeyed": 0.5 * (p - q).abs().sum(-1),
-                  "told": torch.stack([cosine_max(goal, done).max() for goal in level.autoencoder.decode(code)]),
+                  "told": torch.stack([cosine_max(g, done).max() for g in level.autoencoder.decode(code)]),
                   "able": level.nearness(best, end_of(best), start),
                   "unled": level.nearness(best, end_of(another(best)), start)}
         actions = torch.cat(codes[i - 1][:16]) if i else torch.eye(level.action_shape[1], device=code.device)
