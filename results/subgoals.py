@@ -1,11 +1,11 @@
 """Are subgoals reached, and do they matter? `python results/subgoals.py RUN OUT.json`, 4,000 steps of play.
 
-Of each level that gets goals. `reached`: how near it is to a goal when its time is up, as cosine-max; beside it
-`before`, when it was set; `shuffled`, to the goal of another time; `possible`, to the code of what was done.
-`obeyed`: how much another goal changes what it does, 0 not at all, 1 entirely (total variation). `told`: how
-near is to a goal the nearest of all that was done. `able`: dreamed, how near to what was done from here if that
-is the goal; `unled`: if another is. `controllable`: shares in the variance of what goals are about, k dreamed
-ticks on, of scene, action (one, held) and chance; `named`: in that of what its code keeps.
+Of each level that gets goals. `reached`: how near it is to a goal when its time is up, as cosine-max. Beside
+it `before`, when it was set; `shuffled`, to another goal; `possible`, to the code of what was done. `obeyed`:
+how much another goal changes what it does, 0 not at all, 1 entirely (total variation). `told`: how near the
+nearest of all that was done is to a goal. `able`: dreamed, how near to what was done from here, if that is the
+goal; `unled`: if another is. `controllable`: shares of scene, action (one, held) and chance in the variance of
+what goals are about, k dreamed ticks on; `named`: in that of what its code keeps.
 """
 import sys
 from pathlib import Path
@@ -54,7 +54,8 @@ def subgoal_study(agent, env, seed, steps=4000):
         state = State(*map(torch.cat, zip(*states[i][:count])))
         start, done = state.h, level.named(end, state.h)
         best, another = level.autoencoder.code(done), lambda code: code.roll(count // 2, 0)
-        end_of = lambda goal: level.world_model.imagine(state, lambda s: level.policy(s, goal), level.k)[0].h[-1]
+        imagine = level.world_model.imagine
+        end_of = lambda goal: imagine(state, lambda now: level.policy(now, goal), level.k)[0].h[-1]
         p, q = level.actor(state.feature(code)), level.actor(state.feature(another(code)))
         values = {"reached": level.nearness(code, end, start), "before": level.nearness(code, start, start),
                   "shuffled": level.nearness(another(code), end, start),
