@@ -3,9 +3,9 @@
 Of each level that gets goals. `reached`: how near it is to a goal when its time is up, as cosine-max. Beside
 it `before`, when it was set; `shuffled`, to another goal; `possible`, to the code of what was done. `obeyed`:
 how much another goal changes what it does, 0 not at all, 1 entirely (total variation). `told`: how near the
-nearest of all that was done is to a goal. `able`: dreamed, how near to what was done from here, if that is the
-goal; `unled`: if another is. `controllable`: shares of scene, action (one, held) and chance in the variance of
-what goals are about, k dreamed ticks on; `named`: in that of what its code keeps.
+nearest of all that was done is to a goal. `able`: dreamed, how near to what was done from here, if that is
+the goal; `unled`: if another is. `controllable`: shares of scene, action (one, held) and chance in the
+variance of what goals are about, k dreamed ticks on; `named`: in that of what its code keeps.
 """
 import sys
 from pathlib import Path
