@@ -171,8 +171,10 @@ def film(agent, env, game, seed, path, steps=300, restart=45):
         action = ticks[0]["action"]  # a_{t-1} of the next step
         for i in range(1, len(ticks)):  # the levels above that have just seen and chosen
             held = memory["levels"][i - 1]
-            g_h = agent.levels[i - 1].autoencoder.decode(held["subgoal"])
-            novelty = agent.levels[i].autoencoder.loss(ticks[i]["state"].h)[1].item()
+            below, level, h = agent.levels[i - 1], agent.levels[i], ticks[i]["state"].h
+            g_h = below.autoencoder.decode(held["subgoal"]) + ticks[i - 1]["state"].h * below.relative
+            before = symexp(memory["levels"][i]["recent"][:, 0, -h.shape[-1]:])  # the oldest of the last k
+            novelty = level.autoencoder.loss(level.named(h, before))[1].item()
             goals[i] = state_image(agent, i - 1, held["z"], g_h), (
                 f"goal that level {i} sets level {i - 1}", f"novelty {novelty:.3f}; {agent.k ** i} steps")
         eyes = f"eyes shut for {blind} steps" if blind else "eyes open: starts again"

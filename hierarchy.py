@@ -20,7 +20,7 @@ Symbols (the same in every file; those of world_model.py beside these):
     L, k       number of levels; a level ticks every k ticks of the level below
     N          rollouts imagined side by side
     g, g_h     (N,8*8) subgoal code, 8 one-hots of 8 classes; (N,H) the same decoded into the level's h-space
-    R          rewards of a level: extrinsic, subgoal (with a level above), novelty (with a level below)
+    R          rewards of a level: extrinsic, subgoal (with a level above), novelty, reached (with one below)
 """
 
 import copy
@@ -29,8 +29,8 @@ import numpy as np
 import torch
 from torch import nn
 
-from world_model import (MLP, TwoHot, WorldModel, entropy, log_prob, sample_onehot, straight_through, symlog,
-                         unimix)
+from world_model import (MLP, TwoHot, WorldModel, entropy, log_prob, sample_onehot, straight_through, symexp,
+                         symlog, unimix)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -86,7 +86,7 @@ class ReturnNormaliser(nn.Module):
 # ------------------------------------------------------------------------------------------------------------
 
 class SubgoalAutoencoder(nn.Module):
-    """Compresses h to a code of 8 x 8 one-hots and back. One network, two jobs (Hieros, Director).
+    """Compresses h, or a change of it (see Level), to a code of 8 x 8 one-hots and back. Two jobs (Director).
 
     *Decoding*: the level above acts by choosing a code; this decoder says which h it stands for.
     *Novelty*: h is reconstructed badly where the level has seldom been.
@@ -102,6 +102,10 @@ class SubgoalAutoencoder(nn.Module):
     def encode(self, h):
         """h (..., H) -> probabilities of its code (..., 8, 8)."""
         return unimix(self.encoder(h).float().unflatten(-1, self.code_shape))
+
+    def code(self, h):
+        """h (..., H) -> its code (..., 8*8), drawn."""
+        return sample_onehot(self.encode(h)).flatten(-2)
 
     def decode(self, code):
         """(..., 8*8) -> g_h (..., H)."""
@@ -192,19 +196,38 @@ class Level(nn.Module):
 
     gamma is per tick of the level, and level 1's tick is 4 steps of the game: with the same gamma a higher
     level looks 4 times further ahead, which is what it is there for.
+
+    k: ticks that a subgoal lives. below: the Level under this one, or None. hindsight: 0, the paper's rule,
+    or a share, and with it what leads out of a circle: goals that no one has learned to follow change
+    nothing; so the level above learns that its actions are idle and chooses at random; of random goals few
+    can be reached; so it does not pay to follow them.
+
+    - A subgoal is a *change* of h since the tick that set it (FeUdal Networks, arXiv 1703.01161). States have
+      most of h in common: one in the middle is near every goal, and to stay there pays for all of them. It is
+      no change. The return, too, reaches k ticks far: what comes later is not this goal's.
+    - *Hindsight goals* (HER, arXiv 1707.01495), in this share of the dreams: what the replayed sequence did
+      next. That can be done from here, whatever the level above asks for.
+    - *Hindsight actions* (HAC, arXiv 1712.00948), in this share of the upper world model's steps: what the
+      level below did, in place of what it was told. So the model knows what a followed goal does before one
+      is followed; the other steps keep it honest about those that are not.
+    - The reward *reached* (HAC's subgoal testing): a level is paid for goals that the one below, its model
+      says, will come near. Most codes are of nothing that can be done here; neither score nor novelty say so.
     """
 
     # Returns of the game are worth their own noise only from about one point on; those of the other two
     # rewards live on far smaller scales (one step gives at most 1, or an error of h near 0.01): a floor of 1
     # would mute them.
-    FLOORS = {"extrinsic": 1.0, "subgoal": 0.1, "novelty": 0.01}
+    FLOORS = {"extrinsic": 1.0, "subgoal": 0.1, "novelty": 0.01, "reached": 0.1}
 
     def __init__(self, observation_shape, action_shape, subgoal_shape, code_shape, rewards, model, *, horizon,
                  starts, gamma, lam, entropy_scale, slow, model_lr, encoder_lr, actor_lr, critic_lr,
-                 autoencoder_lr):
+                 autoencoder_lr, k, hindsight, below):
         super().__init__()
         self.action_shape, self.subgoal_shape, self.rewards = action_shape, subgoal_shape, rewards
         self.horizon, self.starts, self.gamma, self.lam = horizon, starts, gamma, lam
+        self.k, self.hindsight = k, hindsight
+        self.below = [below]  # in a list: no part of this level, which neither trains nor saves it
+        self.relative = hindsight > 0 and subgoal_shape[0] > 0
         self.entropy_scale, self.slow = entropy_scale, slow
         self.world_model = WorldModel(observation_shape, action_shape[0] * action_shape[1], **model)
         units, mlp_layers = model["units"], model["mlp_layers"]
@@ -214,6 +237,10 @@ class Level(nn.Module):
         self.slow_critics = copy.deepcopy(self.critics).requires_grad_(False)
         self.autoencoder = SubgoalAutoencoder(self.world_model.hidden, code_shape, units, mlp_layers)
         self.normaliser = ReturnNormaliser([self.FLOORS[name] for name in rewards])
+        # What is left of a reward's cause a tick later: a goal lives k ticks, its choice is judged once.
+        stays = {"subgoal": 1 - 1 / k, "reached": 0.0} if hindsight else {}
+        self.register_buffer("stays", torch.tensor([stays.get(name, 1.0) for name in rewards]),
+                             persistent=False)
         self.register_buffer("weights", torch.tensor(list(rewards.values())), persistent=False)
         encoder, others = self.world_model.encoder.parameters(), [
             p for name, p in self.world_model.named_parameters() if not name.startswith("encoder.")]
@@ -236,6 +263,33 @@ class Level(nn.Module):
         z = onehot(batch["z"], self.world_model.z_shape[1], first=1).flatten(-2)
         return torch.cat([z, batch["h"]], -1).flatten(-2)
 
+    def named(self, h, start):
+        """What of h (...,H) a code stands for: the change since `start`; at the top, and in the paper, h."""
+        return h - start if self.relative else h
+
+    def nearness(self, code, h, start):
+        """The subgoal reward (...) at h (...,H) for a code (...,8*8) that was set at `start` (...,H)."""
+        return cosine_max(self.autoencoder.decode(code), self.named(h, start))
+
+    def hindsight_goals(self, subgoal, h, is_first):
+        """Subgoals (B,T,8*8), a share of them replaced by the code of what came 1 ... k ticks later."""
+        now = torch.arange(h.shape[1], device=h.device).expand(is_first.shape)
+        later = now + 1 + (self.k * torch.rand_like(h[..., 0])).long()
+        later = later.clamp(max=h.shape[1] - 1)
+        episode = is_first.cumsum(1)
+        known = (later > now) & (episode.gather(1, later) == episode)
+        swap = known & (torch.rand_like(h[..., 0]) < self.hindsight)
+        done = self.autoencoder.code(h.gather(1, later[..., None].expand_as(h)) - h)
+        return torch.where(swap[..., None], done, subgoal)
+
+    def hindsight_actions(self, action, batch, below):
+        """Actions (B,T,8*8), a share of them replaced by the code of what the level below did instead."""
+        h = symexp(batch["h"][:, :, -1])  # of the level below, whenever this one ticked
+        swap = ~batch["is_first"][:, 1:] & (torch.rand_like(batch["reward"][:, 1:]) < self.hindsight)
+        done = below.autoencoder.code(h[:, 1:] - h[:, :-1])
+        # No one knows what came after the last step.
+        return torch.cat([torch.where(swap[..., None], done, action[:, :-1]), action[:, -1:]], 1)
+
     def update(self, batch):
         """One training step of everything in this level, on a replay batch of tensors (B,T,...).
 
@@ -245,12 +299,21 @@ class Level(nn.Module):
         action = onehot(batch["action"], self.action_shape[1]).flatten(-2)
         subgoal = onehot(batch["subgoal"], self.subgoal_shape[1]).flatten(-2)
 
+        below, = self.below
+        if below and self.hindsight:
+            with torch.no_grad():
+                action = self.hindsight_actions(action, batch, below)
+
         # 1. The world model, on real sequences.
         self.world_model.update_statistics(observation)
         loss, states, metrics = self.world_model.loss(observation, action, batch["reward"],
                                                       batch["is_first"], batch["is_terminal"])
         loss.backward()
         metrics["opt/model_grad_norm"] = self.optimisers["model"].step()
+
+        if "subgoal" in self.rewards and self.hindsight:
+            with torch.no_grad():
+                subgoal = self.hindsight_goals(subgoal, states.h, batch["is_first"])
 
         # 2. Imagine from the states of the batch, each with the subgoal that was held there, for the whole
         # rollout: longer than its k ticks of life, but what comes after is known to no one (as published).
@@ -266,13 +329,20 @@ class Level(nn.Module):
         # 3. Rewards of the states 1 ... horizon; the autoencoder learns on the way.
         reward = {"extrinsic": states.reward[1:]}
         if len(self.rewards) > 1:  # there is a level above or below; a flat agent has no use for subgoals
-            loss, reward["novelty"] = self.autoencoder.loss(states.h[1:])
+            # As a goal's end is: k ticks later, or less.
+            first, k = states.h[:1], min(self.k, self.horizon)
+            before = torch.cat([first.expand(k, -1, -1), states.h[1:-k]])
+            loss, reward["novelty"] = self.autoencoder.loss(self.named(states.h[1:], before))
             metrics["loss/autoencoder"] = loss.detach()
             loss.backward()
             metrics["opt/autoencoder_grad_norm"] = self.optimisers["autoencoder"].step()
         if "subgoal" in self.rewards:
             with torch.no_grad():
-                reward["subgoal"] = cosine_max(self.autoencoder.decode(subgoal), states.h[1:])
+                reward["subgoal"] = self.nearness(subgoal, states.h[1:], states.h[0])
+        if "reached" in self.rewards:
+            with torch.no_grad():  # the last of the k states that this level expects to see of the one below
+                h = symexp(self.world_model.decode(states.z, states.h)[..., -below.world_model.hidden:])
+                reward["reached"] = below.nearness(actions, h[1:], h[:-1])
         reward = torch.stack([reward[name] for name in self.rewards], -1)  # (horizon, N, R)
 
         # 4. Actor and critics.
@@ -290,7 +360,7 @@ class Level(nn.Module):
         logits = self.critics(feature)  # (horizon+1, N, R, bins): evaluated once, with gradients
         with torch.no_grad():
             value = twohot.mean(logits)  # (horizon+1, N, R)
-            returns = lambda_return(reward, discount[..., None], value[1:], self.lam)
+            returns = lambda_return(reward, discount[..., None] * self.stays, value[1:], self.lam)
             scale = self.normaliser.update(returns)
             advantage = ((returns - value[:-1]) / scale * self.weights).sum(-1)  # (horizon, N)
             # How likely it is that the episode has not ended before state t.
@@ -340,10 +410,12 @@ class Hieros(nn.Module):
         stored = {"observation": (tuple(observation_shape), np.uint8 if image else np.float32)}
         for i in range(levels):
             names = ["extrinsic"] + ["subgoal"] * (i < levels - 1) + ["novelty"] * (i > 0)
+            names += ["reached"] * (i > 0 and behaviour["hindsight"] > 0)
+            rewards = {name: weights["subgoal" if name == "reached" else name] for name in names}
             level = Level(shape, (1, actions) if i == 0 else code_shape,
                           code_shape if i < levels - 1 else (0, code_shape[1]), code_shape,
-                          {name: weights[name] for name in names},
-                          model | {"scaled": i == 0 and not image}, **behaviour)
+                          rewards, model | {"scaled": i == 0 and not image}, k=k,
+                          below=self.levels[-1] if i else None, **behaviour)
             self.levels.append(level)
             self.specs.append(stored | {  # what the level's replay holds of each tick: {name: (shape, dtype)}
                 "action": (level.action_shape[:1], np.uint8), "subgoal": (level.subgoal_shape[:1], np.uint8),
@@ -462,8 +534,8 @@ def small(levels=3, observation_shape=(4,), actions=3, **behaviour):
     model = dict(stoch=8, classes=8, hidden=64, state_size=32, s5_layers=2, memory=64, units=64, mlp_layers=1,
                  depth=24, first_stride=2, sharpness=1.0, kl_warmup=0)
     behaviour = dict(horizon=16, starts=1024, gamma=0.997, lam=0.95, entropy_scale=3e-4, slow=0.02,
-                     model_lr=1e-4, encoder_lr=1e-4, actor_lr=3e-5, critic_lr=3e-5, autoencoder_lr=1e-4
-                     ) | behaviour
+                     model_lr=1e-4, encoder_lr=1e-4, actor_lr=3e-5, critic_lr=3e-5, autoencoder_lr=1e-4,
+                     hindsight=0.0) | behaviour
     weights = {"extrinsic": 1.0, "subgoal": 0.3, "novelty": 0.1}
     return Hieros(observation_shape, actions, levels, 4, (8, 8), weights, model, behaviour)
 

@@ -237,7 +237,7 @@ def test_shapes_that_do_not_fit_name_both():
 TINY = dict(stoch=4, classes=8, hidden=32, state_size=16, s5_layers=2, memory=64, units=32, mlp_layers=1,
             depth=4, first_stride=4, sharpness=1.0, kl_warmup=0, scaled=False)
 BEHAVIOUR = dict(horizon=3, starts=8, gamma=0.9, lam=0.8, entropy_scale=0.05, slow=0.02, model_lr=0.0,
-                 encoder_lr=0.0, actor_lr=0.05, critic_lr=0.05, autoencoder_lr=0.0)
+                 encoder_lr=0.0, actor_lr=0.05, critic_lr=0.05, autoencoder_lr=0.0, k=4, hindsight=0.0, below=None)
 
 
 def first_flags(B, T, *steps):
@@ -1034,6 +1034,45 @@ PINNED = [
     {"loss/vector": 295.67361, "loss/rew": 7.98241, "loss/con": 2.06628, "kl": 0.76203, "loss/policy":
      0.67619, "loss/autoencoder": 262.16806, "loss/value_extrinsic": 2.27359, "loss/value_novelty":
      2.70420}]
+
+
+def test_hindsight_takes_what_was_done():
+    """A goal in hindsight is the code of how h changed within 1 ... k ticks of the same episode; an action in
+    hindsight that of how the level below changed until the next tick. At an episode's end, and where nothing
+    follows, both stay."""
+    agent, T = small(2, hindsight=1.0), 12
+    below, level = agent.levels
+    below.autoencoder.code = lambda h: h  # tells what it is asked
+    h, first = torch.arange(T).float()[None, :, None].repeat(3, 1, 64), first_flags(3, T, 0, 5)
+    kept = torch.full_like(h, -1.0)
+    goals = torch.stack([below.hindsight_goals(kept, h, first)[..., 0] for _ in range(50)])
+    assert set(goals[:, :, 0].flatten().tolist()) == {1, 2, 3, 4} and (goals[..., 4] == -1).all()
+    assert set(goals[:, :, 3].flatten().tolist()) == {1, -1} and (goals[..., T - 1] == -1).all()
+    batch = {"h": symlog(h ** 2)[:, :, None].repeat(1, 1, 4, 1), "is_first": first, "reward": h[..., 0]}
+    action = level.hindsight_actions(kept, batch, below)[..., 0]
+    assert torch.allclose(action, torch.tensor([1.0, 3, 5, 7, -1, 11, 13, 15, 17, 19, 21, -1]), atol=1e-3)
+
+
+def test_a_goal_is_a_change_and_pays_both_levels(monkeypatch):
+    """With hindsight the subgoal reward is the cosine-max of the change asked for and the change since the
+    dream began; the level above is paid the same for each goal, by what its own model expects of h below."""
+    agent = lively(small(2, hindsight=0.5, horizon=6, starts=5))
+    below, level = agent.levels
+    for each in agent.levels:
+        calls = {}
+        spy(monkeypatch, each.world_model, "imagine", calls), spy(monkeypatch, each, "update_behaviour", calls)
+        each.update(batch_of(agent, int(each is level)))
+        states, actions = calls["imagine"][1]
+        feature, _, reward, *_ = calls["update_behaviour"][0]
+        if each is below:
+            asked, made = below.autoencoder.decode(feature[1:, :, -64:]), states.h[1:] - states.h[0]
+        else:
+            h = symexp(level.world_model.decode(states.z, states.h)[..., -64:])
+            asked, made = below.autoencoder.decode(actions), h[1:] - h[:-1]
+        column = list(each.rewards).index("subgoal" if each is below else "reached")
+        assert torch.allclose(reward[..., column], cosine_max(asked, made), atol=1e-5)
+    assert list(level.rewards) == ["extrinsic", "novelty", "reached"] and list(small(2).levels[1].rewards) == [
+        "extrinsic", "novelty"]
 
 
 def test_speed_work_moves_no_number():
@@ -2419,6 +2458,17 @@ def test_it_learns(levels, steps, seed, tmp_path):
     assert untrained < 1.0 and trained >= 0.9 * Catch.DROPS, (untrained, trained)
 
 
+@slow
+def test_goals_are_obeyed_and_reached(tmp_path):
+    """In four rooms without any reward two levels learn that goals are there to be followed: another goal
+    changes what level 0 does, and what it then does is nearer to its goal than to that of another time."""
+    rooms = script("grid_rooms")
+    agent = rooms.trained(tmp_path, steps=2400)
+    with torch.inference_mode():
+        study, = script("subgoals").subgoal_study(agent, rooms.GridRooms(), 1, steps=1200)
+    assert study["obeyed"] > 0.35 and study["reached"] > study["shuffled"] + 0.12, study
+
+
 # ------------------------------------------------------------------------------------------------------------
 # evaluate.py
 # ------------------------------------------------------------------------------------------------------------
@@ -3014,18 +3064,40 @@ def test_subgoals_are_judged_where_their_time_is_up(monkeypatch):
         step(x, z, a, o, d)._replace(h=o[:, 3:].repeat(1, 64)))  # h: the time
     level.autoencoder.encode = lambda h: F.one_hot(h[:, :8].long(), 8).float()
     level.autoencoder.decode = lambda code: code
-    monkeypatch.setattr(subgoals, "cosine_max",
-                        lambda goal, h: compared.append((goal, h[:, 0].tolist())) or torch.ones(len(h)))
+    level.nearness = lambda goal, h, start: compared.append((goal, h[:, 0].tolist())) or torch.ones(len(h))
+    level.autoencoder.code = lambda h: level.autoencoder.encode(h).flatten(-2)
+    monkeypatch.setattr(subgoals, "controllable", lambda level, state, actions: {"actions": len(actions)})
     with torch.inference_mode():
         study, = subgoals.subgoal_study(agent, Echo(6), 0, steps=5 * 7)  # an episode: ticks at 0, 4 and 6
-        assert study == {"level": 0, "goals": 10, "reached": 1, "before": 1, "shuffled": 1, "possible": 1,
-                         "obeyed": 0}
-        (goal, end), (same, start), (other, _), (best, last) = compared
+        assert 0 <= study.pop("told") <= 1 and study == {
+            "level": 0, "goals": 10, "reached": 1, "before": 1, "shuffled": 1, "possible": 1, "obeyed": 0,
+            "able": 1, "unled": 1, "actions": 3}
+        (goal, end), (same, start), (other, _), (best, last), *dreamed = compared
+        assert len(dreamed) == 2 and all(torch.equal(dream[0], best) for dream in dreamed)
         assert end == last == 5 * [4, 6] and start == 5 * [0, 4]
         assert best.unflatten(-1, (8, 8)).argmax(-1)[:, 0].tolist() == last
         assert torch.equal(goal, same) and torch.equal(goal.roll(5, 0), other)
         torch.nn.init.normal_(level.actor.net[-1].weight)  # from now on what it does depends on everything
         assert subgoals.subgoal_study(agent, Echo(6), 0, steps=35)[0]["obeyed"] > 0.1
+
+
+def test_what_can_be_steered():
+    """results/subgoals.py: variance is shared out between scene, action and chance. Where h is, of equal
+    variance, a number of the scene, one of the action and noise, each has a third."""
+    torch.manual_seed(0)
+    level = small(levels=2).levels[0]
+    scene, effect = torch.randn(32, 64), torch.randn(12, 64)
+
+    def imagine(start, policy, ticks):
+        assert ticks == level.k
+        action = policy(None)
+        return State(None, *[torch.stack([start.h + action @ effect + torch.randn_like(start.h)])] * 5), None
+
+    level.world_model.imagine, level.named = imagine, lambda h, start: h
+    level.autoencoder.code, level.autoencoder.decode = lambda h: h, lambda code: 0.5 * code
+    shares = script("subgoals").controllable(level, State(*[scene] * 6), torch.eye(12))
+    assert np.allclose(shares["controllable"], 1 / 3, atol=0.05)
+    assert np.allclose(shares["named"], np.array(shares["controllable"]) / 4, atol=2e-3)
 
 
 def test_open_loop_sequences_stay_inside_an_episode():

@@ -98,6 +98,9 @@ class Config:
     extrinsic_weight: float = setting(1.0, "weight of the game's reward", 0)
     subgoal_weight: float = setting(0.3, "weight of the subgoal reward", 0)
     novelty_weight: float = setting(0.1, "weight of the novelty reward", 0)
+    hindsight: float = setting(
+        0.5, "share of dreams and of upper levels' steps whose goal is replaced by what was done; goals are then"
+        " changes of h, and to set goals that can be reached pays. 0: none of this, the paper's rule", 0, 1)
     subgoal_categoricals: int = setting(8, "categoricals of a subgoal code", 1)
     subgoal_classes: int = setting(8, "classes of each of them", 2, 255)
 
@@ -467,7 +470,7 @@ def make_agent(config, env):
         "first_stride", "sharpness", "kl_warmup")} | {"memory": config.batch_length}
     behaviour = {name: getattr(config, name) for name in (
         "horizon", "starts", "gamma", "lam", "entropy_scale", "slow", "encoder_lr", "model_lr", "actor_lr",
-        "critic_lr", "autoencoder_lr")}
+        "critic_lr", "autoencoder_lr", "hindsight")}
     weights = {name: getattr(config, name + "_weight") for name in ("extrinsic", "subgoal", "novelty")}
     with torch.device(config.device):
         return Hieros(env.observation_space.shape, int(env.action_space.n), config.levels, config.k,

@@ -1,11 +1,11 @@
 """Are subgoals reached, and do they matter? `python results/subgoals.py RUN OUT.json`, 4,000 steps of play.
 
-Of each level that gets goals, as JSON and as a table: `goals`, how many. `reached`: cosine-max of a goal and
-the state in which its time is up. That alone proves nothing, since states resemble each other; so beside it
-`before`, the same with the state in which the goal was set, `shuffled`, with the goal of another time, and
-`possible`, with the best goal: that state itself, as far as a code can tell it. `obeyed`: by how much another
-goal would change what the level does, as total variation of its action's distribution: 0 not at all, 1
-entirely.
+Of each level that gets goals. `reached`: how near it is to a goal when its time is up, as cosine-max. Beside
+it `before`, when it was set; `shuffled`, to another goal; `possible`, to the code of what was done. `obeyed`:
+how much another goal changes what it does, 0 not at all, 1 entirely (total variation). `told`: how near the
+nearest of all that was done is to a goal. `able`: dreamed, how near to what was done from here, if that is
+the goal; `unled`: if another is. `controllable`: shares of scene, action (one, held) and chance in the
+variance of what goals are about, k dreamed ticks on; `named`: in that of what its code keeps.
 """
 import sys
 from pathlib import Path
@@ -17,7 +17,22 @@ import torch
 from evaluate import load_run, print_rows, rollout, writable
 from hierarchy import cosine_max
 from train import UsageError, autocast, make_env, origin, write_json
-from world_model import State, sample_onehot
+from world_model import State
+
+
+def controllable(level, state, actions, copies=8):
+    """The last two of these, by analysis of variance over 32 states, actions (A, ...) and copies."""
+    state = state.map(lambda field: field[::len(field) // 32][:32])
+    start = state.map(lambda field: field.repeat_interleave(len(actions) * copies, 0))
+    held, shares = actions.repeat_interleave(copies, 0).repeat(len(state.h), 1), {}
+    end = level.named(level.world_model.imagine(start, lambda _: held, level.k)[0].h[-1], start.h)
+    for name, h in ("controllable", end), ("named", level.autoencoder.decode(level.autoencoder.code(end))):
+        h = h.unflatten(0, (len(state.h), len(actions), copies))
+        chance = h.var(2).mean((0, 1)).sum()
+        action = h.mean(2).var(1).mean(0).sum() - chance / copies
+        scene = h.mean((1, 2)).var(0).sum() - action / len(actions) - chance / (len(actions) * copies)
+        shares[name] = [round(float(part / end.var(0).sum()), 3) for part in (scene, action, chance)]
+    return shares
 
 
 def subgoal_study(agent, env, seed, steps=4000):
@@ -37,15 +52,21 @@ def subgoal_study(agent, env, seed, steps=4000):
         count = len(ends[i])
         code, end = torch.cat(codes[i][:count]), torch.cat(ends[i])
         state = State(*map(torch.cat, zip(*states[i][:count])))
-        other = code.roll(count // 2, 0)
-        best = sample_onehot(level.autoencoder.encode(end)).flatten(-2)
-        goal, policy = level.autoencoder.decode(code), level.actor(state.feature(code))
-        values = {"goals": count, "reached": cosine_max(goal, end).mean(),
-                  "before": cosine_max(goal, state.h).mean(),
-                  "shuffled": cosine_max(level.autoencoder.decode(other), end).mean(),
-                  "possible": cosine_max(level.autoencoder.decode(best), end).mean(),
-                  "obeyed": 0.5 * (policy - level.actor(state.feature(other))).abs().sum(-1).mean()}
-        study.append({"level": i} | {name: round(float(value), 4) for name, value in values.items()})
+        start, done = state.h, level.named(end, state.h)
+        best, another = level.autoencoder.code(done), lambda code: code.roll(count // 2, 0)
+        imagine = level.world_model.imagine
+        end_of = lambda goal: imagine(state, lambda now: level.policy(now, goal), level.k)[0].h[-1]
+        p, q = level.actor(state.feature(code)), level.actor(state.feature(another(code)))
+        values = {"reached": level.nearness(code, end, start), "before": level.nearness(code, start, start),
+                  "shuffled": level.nearness(another(code), end, start),
+                  "possible": level.nearness(best, end, start), "obeyed": 0.5 * (p - q).abs().sum(-1),
+                  "told": torch.stack([cosine_max(g, done).max() for g in level.autoencoder.decode(code)]),
+                  "able": level.nearness(best, end_of(best), start),
+                  "unled": level.nearness(best, end_of(another(best)), start)}
+        actions = torch.cat(codes[i - 1][:16]) if i else torch.eye(level.action_shape[1], device=code.device)
+        study.append({"level": i, "goals": count}
+                     | {name: round(float(value.mean()), 4) for name, value in values.items()}
+                     | controllable(level, state, actions))
     return study
 
 
