@@ -237,7 +237,8 @@ def test_shapes_that_do_not_fit_name_both():
 TINY = dict(stoch=4, classes=8, hidden=32, state_size=16, s5_layers=2, memory=64, units=32, mlp_layers=1,
             depth=4, first_stride=4, sharpness=1.0, kl_warmup=0, scaled=False)
 BEHAVIOUR = dict(horizon=3, starts=8, gamma=0.9, lam=0.8, entropy_scale=0.05, slow=0.02, model_lr=0.0,
-                 encoder_lr=0.0, actor_lr=0.05, critic_lr=0.05, autoencoder_lr=0.0, k=4, hindsight=0.0, below=None)
+                 encoder_lr=0.0, actor_lr=0.05, critic_lr=0.05, autoencoder_lr=0.0, k=4, hindsight=0.0,
+                 below=None)
 
 
 def first_flags(B, T, *steps):
@@ -1060,7 +1061,8 @@ def test_a_goal_is_a_change_and_pays_both_levels(monkeypatch):
     below, level = agent.levels
     for each in agent.levels:
         calls = {}
-        spy(monkeypatch, each.world_model, "imagine", calls), spy(monkeypatch, each, "update_behaviour", calls)
+        spy(monkeypatch, each.world_model, "imagine", calls)
+        spy(monkeypatch, each, "update_behaviour", calls)
         each.update(batch_of(agent, int(each is level)))
         states, actions = calls["imagine"][1]
         feature, _, reward, *_ = calls["update_behaviour"][0]
@@ -1071,7 +1073,8 @@ def test_a_goal_is_a_change_and_pays_both_levels(monkeypatch):
             asked, made = below.autoencoder.decode(actions), h[1:] - h[:-1]
         column = list(each.rewards).index("subgoal" if each is below else "reached")
         assert torch.allclose(reward[..., column], cosine_max(asked, made), atol=1e-5)
-    assert list(level.rewards) == ["extrinsic", "novelty", "reached"] and list(small(2).levels[1].rewards) == [
+    assert list(level.rewards) == ["extrinsic", "novelty", "reached"]
+    assert list(small(2).levels[1].rewards) == [
         "extrinsic", "novelty"]
 
 
@@ -3272,7 +3275,8 @@ def test_s5_speed_is_measured_and_drawn(tmp_path, capsys):
 
 
 def test_every_script_of_results_says_how_it_is_run():
-    """Its docstring has its command."""
+    """Its docstring has its command, and it is short."""
     for path in (HERE / "results").glob("*.py"):
         text = path.read_text()
         assert f"python results/{path.name}" in text.split('"""')[1], path.name
+        assert text.count("\n") <= 90, path.name

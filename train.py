@@ -99,8 +99,8 @@ class Config:
     subgoal_weight: float = setting(0.3, "weight of the subgoal reward", 0)
     novelty_weight: float = setting(0.1, "weight of the novelty reward", 0)
     hindsight: float = setting(
-        0.0, "0: the paper's subgoals. 0.5: goals that are reached and obeyed: changes of h, half of them, and of"
-        " the upper levels' actions, replaced by what was done; see Level", 0, 1)
+        0.0, "0: the paper's subgoals. 0.5: goals are changes of h, and half of them, and of the actions of"
+        " higher levels, are replaced by what was done; see Level", 0, 1)
     subgoal_categoricals: int = setting(8, "categoricals of a subgoal code", 1)
     subgoal_classes: int = setting(8, "classes of each of them", 2, 255)
 
