@@ -57,8 +57,8 @@ SETTINGS = dict(
     game="grid_rooms", preset="debug", device="cpu", levels=2, steps=3200, warmup=800, train_every=2, stoch=8,
     classes=8, hidden=64, state_size=32, s5_layers=2, units=64, mlp_layers=1, sharpness=10.0, kl_warmup=100,
     batch_size=8, batch_length=32, replay_size=20_000, horizon=6, starts=96, entropy_scale=0.02,
-    subgoal_weight=1.0, encoder_lr=1e-3, model_lr=1e-3, actor_lr=1e-3, critic_lr=1e-3, autoencoder_lr=1e-3,
-    save_every=10 ** 9)
+    subgoal_weight=1.0, hindsight=0.5, encoder_lr=1e-3, model_lr=1e-3, actor_lr=1e-3, critic_lr=1e-3,
+    autoencoder_lr=1e-3, save_every=10 ** 9)
 
 
 def trained(directory, **settings):
