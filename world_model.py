@@ -196,7 +196,7 @@ class ImageEncoder(nn.Sequential):
 
 
 class ImageDecoder(nn.Sequential):
-    """(n,3,64,64) -> (n,features): convolutions of stride 2 to 4x4, of depth times 1, 2, 4, 8 channels.
+    """(n,inputs) -> (n,3,64,64), the encoder mirrored; the last layer starts at zero (see normalise).
 
     With first_stride 4 each of 16x16 places paints its own 4x4 patch, a matrix product: overlapping kernels
     of 8x8 would cost more than all other layers.
