@@ -2469,7 +2469,8 @@ def test_goals_are_obeyed_and_reached(tmp_path):
     agent = rooms.trained(tmp_path, steps=2400)
     with torch.inference_mode():
         study, = script("subgoals").subgoal_study(agent, rooms.GridRooms(), 1, steps=1200)
-    assert study["obeyed"] > 0.4 and study["reached"] > study["shuffled"] + 0.08, study  # measured: 0.65, + 0.16
+    # Measured: obeyed 0.65, reached 0.16 above shuffled.
+    assert study["obeyed"] > 0.4 and study["reached"] > study["shuffled"] + 0.08, study
 
 
 # ------------------------------------------------------------------------------------------------------------
