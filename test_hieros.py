@@ -41,6 +41,7 @@ from world_model import (ImageDecoder, ImageEncoder, Patches, State, TwoHot, Wor
 HERE = Path(__file__).parent
 warnings.filterwarnings("ignore", category=pytest.PytestUnknownMarkWarning)  # no file declares slow and gpu
 slow = pytest.mark.slow
+torch.set_num_threads(1)  # these networks are small: a second thread waits more than it works
 
 
 @pytest.fixture(autouse=True)
