@@ -279,14 +279,14 @@ class Level(nn.Module):
         episode = is_first.cumsum(1)
         known = (later > now) & (episode.gather(1, later) == episode)
         swap = known & (torch.rand_like(h[..., 0]) < self.hindsight)
-        done = self.autoencoder.code(h.gather(1, later[..., None].expand_as(h)) - h)
+        done = self.autoencoder.code(self.named(h.gather(1, later[..., None].expand_as(h)), h))
         return torch.where(swap[..., None], done, subgoal)
 
     def hindsight_actions(self, action, batch, below):
         """Actions (B,T,8*8), a share of them replaced by the code of what the level below did instead."""
         h = symexp(batch["h"][:, :, -1])  # of the level below, whenever this one ticked
         swap = ~batch["is_first"][:, 1:] & (torch.rand_like(batch["reward"][:, 1:]) < self.hindsight)
-        done = below.autoencoder.code(h[:, 1:] - h[:, :-1])
+        done = below.autoencoder.code(below.named(h[:, 1:], h[:, :-1]))
         # No one knows what came after the last step.
         return torch.cat([torch.where(swap[..., None], done, action[:, :-1]), action[:, -1:]], 1)
 

@@ -13,23 +13,23 @@ from pathlib import Path
 sys.path[0] = str(Path(__file__).parents[1])  # the project's root in place of results/
 sys.path.append(str(Path(__file__).parent))  # last: results/profile.py hides Python's own
 
-import gymnasium
 import numpy as np
 import torch
+from gymnasium import Env
+from gymnasium.spaces import Box, Discrete
 
 import train
 from subgoals import subgoal_study
 
 
-class GridRooms(gymnasium.Env):
+class GridRooms(Env):
     """Four rooms of 5 x 5 cells, doors between them. Five actions: stay, or go one cell. Seen are row and
     column, one-hot. An episode has 200 steps and begins in any cell."""
 
     MOVES = ((0, 0), (0, 1), (0, -1), (1, 0), (-1, 0))
 
     def __init__(self):
-        self.observation_space = gymnasium.spaces.Box(0, 1, (22,), np.float32)
-        self.action_space = gymnasium.spaces.Discrete(5)
+        self.observation_space, self.action_space = Box(0, 1, (22,), np.float32), Discrete(5)
         self.free = np.ones((11, 11), bool)
         self.free[5] = self.free[:, 5] = False
         self.free[[5, 5, 2, 8], [2, 8, 5, 5]] = True
@@ -46,13 +46,11 @@ class GridRooms(gymnasium.Env):
         self.t += 1
         return self.observe(), 0.0, False, self.t == 200, {}
 
+    def observe(self):
+        return np.concatenate([np.eye(11, dtype=np.float32)[i] for i in self.cell])
+
     def get_state(self):  # a run saves at its end; no one goes on from there
         return {}
-
-    def observe(self):
-        observation = np.zeros(22, np.float32)
-        observation[[self.cell[0], 11 + self.cell[1]]] = 1
-        return observation
 
 
 SETTINGS = dict(
@@ -63,27 +61,22 @@ SETTINGS = dict(
     autoencoder_lr=1e-3, save_every=10 ** 9)
 
 
-def trained(directory, **settings):
-    """An agent trained on GridRooms."""
-    config = train.Config(**SETTINGS | {"logdir": str(directory)} | settings)
-    Path(config.logdir).mkdir(exist_ok=True)
-    run = train.Run(config, GridRooms())
-    train.train(run, progress=False)
-    return run.agent
+def trained(env, **settings):
+    """(the Run of an agent trained on `env` with SETTINGS but these, {"settings", "cpu_seconds"})."""
+    start, settings = time.process_time(), SETTINGS | settings
+    with tempfile.TemporaryDirectory() as directory:
+        run = train.Run(train.Config(**settings, logdir=directory), env)
+        train.train(run, progress=False)
+    return run, {"settings": settings, "cpu_seconds": round(time.process_time() - start)}
 
 
 def main(seed, hindsight, out, steps):
     """Train, measure, write."""
-    start = time.process_time()
-    settings = {"seed": int(seed), "hindsight": float(hindsight), "steps": int(steps)}
-    with tempfile.TemporaryDirectory() as directory:
-        agent = trained(directory, **settings)
-    seconds = time.process_time() - start
+    run, how = trained(GridRooms(), seed=int(seed), hindsight=float(hindsight), steps=int(steps))
     with torch.inference_mode():
-        study = subgoal_study(agent, GridRooms(), 1, steps=2000)
+        study = subgoal_study(run.agent, GridRooms(), 1, steps=2000)
     train.write_json({"game": "grid_rooms", "seed": int(seed), "hindsight": float(hindsight),
-                      "settings": SETTINGS | settings, "agent_steps": int(steps), "cpu_seconds": seconds,
-                      "levels": study} | train.origin(), out)
+                      "agent_steps": int(steps), "levels": study} | how | train.origin(), out)
 
 
 if __name__ == "__main__":
