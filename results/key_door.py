@@ -1,6 +1,6 @@
 """Does a hierarchy find what one level does not? Two rooms, a key, a door, a reward at the very end.
 
-    python results/key_door.py AGENT SEED OUT.json
+    python results/key_door.py AGENT SEED OUT.json STEPS
 
 AGENT: flat, one level; curious, one level with the novelty reward that higher levels have; paper, two levels
 by the paper's rule; hindsight, two levels with --hindsight 0.5. Random play solves 1.5% of the episodes.
@@ -59,12 +59,13 @@ class CuriousLevel(hierarchy.Level):
                          rewards | {"novelty": train.Config.novelty_weight}, *model, **others)
 
 
-def main(agent, seed, out):
+def main(agent, seed, out, steps):
     """Train, and write how many of the last 50 episodes were solved, and every episode's end."""
     if agent == "curious":
         hierarchy.Level = CuriousLevel
-    run, how = trained(KeyDoor(), game="key_door", seed=int(seed), steps=20_000, warmup=1000, train_every=4,
-                       horizon=15, gamma=0.99, entropy_scale=3e-3, **AGENTS[agent])
+    run, how = trained(KeyDoor(), game="key_door", seed=int(seed), steps=int(steps), warmup=1000,
+                       train_every=4, horizon=15, gamma=0.99, entropy_scale=3e-3, subgoal_weight=0.1,
+                       **AGENTS[agent])
     solved = [score for _, score in run.curve]
     last = float(np.mean(solved[-50:]))
     train.write_json({"game": "key_door", "agent": agent, "seed": int(seed), "last_50": last,
@@ -74,4 +75,4 @@ def main(agent, seed, out):
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:]) if len(sys.argv) == 4 else sys.exit(__doc__)
+    main(*sys.argv[1:]) if len(sys.argv) == 5 else sys.exit(__doc__)

@@ -1,12 +1,14 @@
 """Does the world model of the preset `paper` learn? It alone, at full size, on 6,000 steps of random play.
 
     python results/world_model_alone.py pong results/paper/pong-old.json --sharpness 1 --kl_warmup 0
+    python results/world_model_alone.py results/paper/world_model.png results/paper/*-*.json
 
-Every 50 updates, on 512 frames that are not trained on: squared error summed over a frame's pixels, of the
+The first command trains, the second draws what was measured. Every 50 updates, on 512 frames that are not trained on: squared error summed over a frame's pixels, of the
 reconstruction and of one whose z is that of another frame; and the information in nats that z has of the
 frame: entropy of the mean distribution less mean entropy, summed over the categoricals. As long as the error
 is no smaller than that of the mean frame, z says nothing.
 """
+import json
 import sys
 import time
 from pathlib import Path
@@ -49,6 +51,29 @@ def main(game, path, *flags):
         update()
 
 
+def draw(path, *files):
+    """A panel a game: error as a share of the mean frame's, with its own z and, dotted, with another's."""
+    from matplotlib.figure import Figure
+    results = [json.loads(Path(file).read_text()) for file in files]
+    games = sorted({result["game"] for result in results})
+    figure = Figure((4 * len(games), 3.2), layout="constrained")
+    axes = dict(zip(games, figure.subplots(1, len(games), squeeze=False)[0]))
+    for result in results:
+        sharpness, warmup = result["settings"]["sharpness"], result["settings"]["kl_warmup"]
+        for name, line in ("error", ".-"), ("error_shuffled_z", ".:"):
+            share = [error / result["mean_frame"] for error in result[name]]
+            axes[result["game"]].plot(result["updates"], share, line, color=f"C{int(sharpness > 1)}",
+                                      label=f"sharpness {sharpness:g}, kl_warmup {warmup}" * (line == ".-"))
+    for game, axis in axes.items():
+        axis.axhline(0.8, color="grey", linewidth=0.5)
+        axis.set(title=game, xlabel="updates", ylim=(0, 1.6))
+    axes[games[0]].set_ylabel("error of a frame / of the mean frame")
+    axes[games[0]].legend(fontsize=7)
+    figure.savefig(path, dpi=120)
+
+
 if __name__ == "__main__":
+    if len(sys.argv) < 3:
+        sys.exit(__doc__)
     train.keep_freed_memory()
-    main(*sys.argv[1:]) if len(sys.argv) > 2 else sys.exit(__doc__)
+    (draw if sys.argv[1].endswith(".png") else main)(*sys.argv[1:])
