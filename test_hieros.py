@@ -3274,6 +3274,39 @@ def test_s5_speed_is_measured_and_drawn(tmp_path, capsys):
     assert (tmp_path / "s5.png").stat().st_size > 5000
 
 
+def test_the_door_opens_to_who_has_the_key():
+    """results/key_door.py: no way into the second room without the key; with it, the end pays 1, once."""
+    right, left, down, up = 1, 2, 3, 4
+    env = script("key_door").KeyDoor()
+    env.reset()
+    assert [env.step(right)[0].argmax() for _ in range(4)] == [2] * 4 and env.cell == (2, 4)  # the door is shut
+    path = [up, up, down, down, *[right] * 6, down]
+    assert [env.step(action)[1:4] for action in path] == [(0.0, False, False)] * len(path)
+    assert env.step(down)[1:4] == (1.0, True, False) and env.cell == env.GOAL
+    observation, _ = env.reset()
+    assert np.flatnonzero(observation).tolist() == [2, 5 + 2, 16]
+    assert [env.step(left)[3] for _ in range(100)] == [False] * 99 + [True]
+
+
+@pytest.mark.parametrize("part", ["changes", "goals", "actions", "reached", "life"])
+def test_one_part_of_hindsight_is_left_out(part, monkeypatch):
+    """results/without.py: that part of Level and no other; results/key_door.py: novelty at level 0."""
+    without = script("without")
+    monkeypatch.setattr(without, "PART", part, raising=False)
+    monkeypatch.setattr(sys.modules["hierarchy"], "Level", without.Without)
+    lower, upper = (agent := small(hindsight=1.0)).levels[:2]
+    goal, h, start = torch.zeros(2, 3, 64), torch.randn(2, 3, 64), torch.zeros(2, 3, dtype=torch.bool)
+    batch = {"h": torch.randn(2, 3, 4, 64), "is_first": start, "reward": torch.zeros(2, 3)}
+    assert part in without.PARTS and {
+        "changes": not lower.relative, "goals": lower.hindsight_goals(goal, h, start) is goal,
+        "actions": upper.hindsight_actions(goal, batch, lower) is goal,
+        "reached": upper.weights.tolist()[-1] == 0, "life": lower.stays.tolist() == [1, 1]
+    } == {name: name == part for name in without.PARTS}
+    monkeypatch.setattr(sys.modules["hierarchy"], "Level", script("key_door").CuriousLevel)
+    agent = small(levels=1)
+    assert agent.levels[0].update(batch_of(agent, 0))["rew/novelty"] > 0
+
+
 def test_every_script_of_results_says_how_it_is_run():
     """Its docstring has its command, and it is short."""
     for path in (HERE / "results").glob("*.py"):
