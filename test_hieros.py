@@ -1663,7 +1663,7 @@ def test_a_non_finite_loss_stops_the_run(tmp_path):
     """NaN is never trained on silently: the run ends, names the level and losses, writes no checkpoint."""
     run = train.Run(catch_config(tmp_path), Catch())
     run.agent.levels[1].world_model.outcome_head[-1].bias.data.fill_(float("nan"))
-    with pytest.raises(FloatingPointError, match="up to step [0-9]+, level 1: not finite: train/loss/rew"):
+    with pytest.raises(FloatingPointError, match="level 1: not finite: train/loss/rew"):
         train.train(run, progress=False)
     assert not (tmp_path / "checkpoint.pt").exists()
 
@@ -1853,7 +1853,7 @@ def test_all_that_a_checkpoint_needs_is_on_the_disk_when_it_takes_its_name(tmp_p
     monkeypatch.setattr(os, "fsync", fsync)
     run = train.Run(catch_config(tmp_path), Catch())
     run.remember(run.act())
-    run.log.write(0, {"a line": 1})
+    run.log.write({"a line": 1})
     run.save()
     files = [path.stat() for path in tmp_path.rglob("*") if path.suffix in (".pt", ".npz", ".jsonl")]
     assert len(files) == 4 and all(synced[file.st_ino] == file.st_size for file in files)
@@ -2316,34 +2316,6 @@ def test_a_score_that_cannot_be_written_is_not_played_for(registered, tmp_path, 
     again = re.escape(f"""{tmp_path}/it'"'"'s a run' --resume""")
     with pytest.raises(train.UsageError, match="cannot be written.*make room.*--logdir '" + again):
         train.main([*command, "--resume"])
-
-
-def test_tensorboard_is_optional(tmp_path, monkeypatch, capsys):
-    """A missing one is not missed, a broken one is said in a line; a resumed run hides what a killed one
-    wrote beyond its checkpoint."""
-    boards = []
-
-    class Board:
-        def __init__(self, directory, purge_step):
-            boards.append(purge_step)
-
-        def add_scalar(self, name, value, step):
-            pass
-
-    def broken(*_, **__):
-        raise AttributeError("module 'numpy' has no attribute 'bool8'")
-
-    module = types.ModuleType("torch.utils.tensorboard")
-    for writer, says in ((None, ""), (broken, "no TensorBoard: AttributeError"), (Board, "")):
-        module.SummaryWriter = writer
-        monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", module if writer else None)
-        log = train.Log(tmp_path)
-        log.restore({"bytes": 0, "sums": {}}, 40)
-        log.write(41, {"a": 1.0})
-        error = capsys.readouterr().err
-        assert says in error and error.count("\n") == bool(says)
-    assert boards == [41]
-    assert (tmp_path / "metrics.jsonl").read_text() == '{"step": 41, "a": 1.0}\n'
 
 
 @pytest.mark.parametrize("damage, says", [

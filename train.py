@@ -609,7 +609,8 @@ class Run:
 
     def restart(self):
         """The next episode."""
-        self.log.write(self.step, {"episode/score": self.score, "episode/length": int(self.memory["t"][0])})
+        self.log.write({"step": self.step, "episode/score": self.score,
+                        "episode/length": int(self.memory["t"][0])})
         self.curve.append([self.step, self.score])
         self.score = 0.0
         self.now = env_step(self.env.reset()[0], is_first=True)
@@ -621,7 +622,7 @@ class Run:
             if self.step >= c.warmup and self.step % (c.train_every * c.k ** i) == 0 and replay.starts:
                 with autocast(c):
                     metrics = level.update(self.batch(i))
-                self.log.add(self.step, i, metrics)
+                self.log.add(i, metrics)
                 with torch.no_grad():
                     self.discretised[i] = level.world_model.sequence.discretise()
                 self.updates[i] += 1
@@ -641,14 +642,14 @@ class Run:
         self.log.flush(self.step)
         begin, self.since = self.since, time.perf_counter()
         self.seconds += self.since - begin
-        self.log.write(self.step, {"seconds/total": self.seconds,
-                                   "fps/policy": (self.step - self.logged) / (self.since - begin)})
+        self.log.write({"step": self.step, "seconds/total": self.seconds,
+                        "fps/policy": (self.step - self.logged) / (self.since - begin)})
         self.logged = self.step
 
     def save(self):
         """Write a checkpoint. The old one stays valid until the new one is complete and takes its name: every
         file is on the disk by then, and what only the old one needs is deleted after."""
-        self.log.means(self.step)  # nothing that is not finite gets into a checkpoint
+        self.log.means()  # nothing that is not finite gets into a checkpoint
         for i, replay in enumerate(self.replays):
             replay.save(self.directory / f"replay-{i}")
         checkpoint = {
@@ -692,7 +693,7 @@ class Run:
             torch.cuda.set_rng_state(state.cpu(), i)
         for i, (replay, total) in enumerate(zip(self.replays, checkpoint["replay_totals"], strict=True)):
             replay.load(self.directory / f"replay-{i}", total)
-        self.log.restore(checkpoint["log"], self.step)
+        self.log.restore(checkpoint["log"])
         self.logged, self.since = self.step, time.perf_counter()
         return observation is None
 
@@ -700,65 +701,51 @@ class Run:
         """Delete what a run whose first checkpoint was never completed has left in the directory."""
         for i, replay in enumerate(self.replays):
             replay.load(self.directory / f"replay-{i}", 0)
-        self.log.restore({"bytes": 0, "sums": {}}, 0)
+        self.log.restore({"bytes": 0, "sums": {}})
 
 
 class Log:
-    """metrics.jsonl, one JSON object a line, and TensorBoard events if `tensorboard` is installed. Names are
-    DreamerV3's where it has one.
+    """metrics.jsonl, one JSON object a line. Names are DreamerV3's where it has one.
 
-    Metrics of updates are summed on the device and fetched only when a line is written: fetching waits for
-    the device.
+    Metrics of updates are summed on the device and fetched only when a line is written: to fetch a number
+    from a GPU is to wait until it has done all that it was told to do before.
     """
 
     def __init__(self, directory):
-        self.path, self.board = directory / "metrics.jsonl", None
+        self.path = directory / "metrics.jsonl"
         self.sums = {}  # {level: (names, sums of their values, number of updates)}
-        self.start = 0  # the first step of which this process may write
 
-    def add(self, step, level, metrics):
-        """Sum the metrics {name: scalar tensor} of one update of a level. On the CPU they are checked at
-        once; on a GPU looking would mean waiting, so there `flush` and `Run.save` check their sums."""
+    def add(self, level, metrics):
+        """Sum the metrics {name: scalar tensor} of one update of a level. On the CPU, where looking costs
+        nothing, they are checked at once, while it can be told which loss was the first to go."""
         values = torch.stack([value.float() for value in metrics.values()])
         _, total, count = self.sums.get(level, (None, 0, 0))
         self.sums[level] = list(metrics), total + values, count + 1
         if values.device.type == "cpu":
-            self.means(step)
+            self.means()
 
-    def means(self, step):
+    def means(self):
         """{level: {name: mean since the last flush}}. Raises FloatingPointError if one is not finite."""
         means = {}
         for level, (names, total, count) in self.sums.items():
             means[level] = {f"train/{name}": mean for name, mean in zip(names, (total / count).tolist())}
             wrong = [name for name, mean in means[level].items() if not math.isfinite(mean)]
             if wrong:
-                raise FloatingPointError(f"up to step {step}, level {level}: not finite: {', '.join(wrong)};"
-                                         f" the last checkpoint in {self.path.parent} was saved before,"
-                                         " --resume repeats what led here")
+                raise FloatingPointError(f"level {level}: not finite: {', '.join(wrong)}; the last checkpoint"
+                                         f" in {self.path.parent} was saved before, --resume repeats what led"
+                                         " here")
         return means
 
     def flush(self, step):
         """Write the mean metrics since the last flush, one line a level."""
-        for level, values in self.means(step).items():
-            self.write(step, values, level)
+        for level, means in self.means().items():
+            self.write({"step": step, "level": level} | means)
         self.sums = {}
 
-    def write(self, step, values, level=None):
-        """One line: {"step", "level" where there is one, name: value, ...}."""
-        if self.board is None:
-            try:
-                from torch.utils.tensorboard import SummaryWriter
-                # purge_step: what a killed process wrote beyond its last checkpoint is not shown.
-                self.board = SummaryWriter(self.path.parent, purge_step=self.start)
-            except Exception as error:  # it is optional, and a broken installation may raise anything
-                self.board = False
-                if not isinstance(error, ModuleNotFoundError):
-                    print(f"train.py: no TensorBoard: {one_line(error)}", file=sys.stderr)
-        labels = {"step": step} if level is None else {"step": step, "level": level}
+    def write(self, line):
+        """Append one line {name: value}."""
         with open(self.path, "a") as file:
-            file.write(json.dumps(labels | values) + "\n")
-        for name, value in values.items() if self.board else ():
-            self.board.add_scalar(name if level is None else f"level_{level}/{name}", value, step)
+            file.write(json.dumps(line) + "\n")
 
     def state(self):
         """What `restore` needs: the length of the file, which is on the disk then, and the sums."""
@@ -768,12 +755,12 @@ class Log:
             os.fsync(file.fileno())
             return {"bytes": file.tell(), "sums": self.sums}
 
-    def restore(self, state, step):
+    def restore(self, state):
         """Cut off the lines written after the checkpoint: the resumed run writes them again."""
-        self.sums, self.start = state["sums"], step + 1
-        self.means(step)  # sums that are none are noticed now
-        if self.path.exists():
-            os.truncate(self.path, min(state["bytes"], self.path.stat().st_size))
+        self.sums = state["sums"]
+        self.means()  # sums that are none are noticed now
+        with open(self.path, "a") as file:
+            file.truncate(min(state["bytes"], file.tell()))
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -986,7 +973,7 @@ def main(argv):
     try:
         new = not checkpoint.exists()
         # What a run leaves that was killed, or met a full disk, before its first checkpoint.
-        ours = re.compile(r"replay-\d+|metrics\.jsonl|writing\.tmp|lock|events\.out\.tfevents\..*")
+        ours = re.compile(r"replay-\d+|metrics\.jsonl|writing\.tmp|lock")
         if new and directory.is_dir() and not all(ours.fullmatch(path.name) for path in directory.iterdir()):
             raise UsageError(f"{checkpoint} does not exist, other files do: choose another --logdir")
         if not new and not resume:
