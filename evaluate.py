@@ -13,7 +13,6 @@ import csv
 import dataclasses
 import json
 import math
-import sys
 import tempfile
 from collections import defaultdict
 from pathlib import Path
@@ -23,9 +22,9 @@ import numpy as np
 import torch
 
 from hierarchy import onehot
-from train import (PRESETS, REFERENCE, RESUMABLE, Config, Parser, Stream, UsageError, autocast,
+from train import (PRESETS, REFERENCE, RESUMABLE, Config, Parser, UsageError, autocast,
                    env_step, evaluation, history, keep_freed_memory, load_checkpoint, make_agent,
-                   make_config, make_env, report, trusting, write_json)
+                   make_config, make_env, program, report, trusting, write_json)
 from world_model import symexp
 
 
@@ -481,11 +480,4 @@ def main(argv):
 
 
 if __name__ == "__main__":
-    sys.stdout, sys.stderr = Stream(sys.stdout), Stream(sys.stderr)
-    try:
-        sys.exit(main(sys.argv[1:]))
-    except UsageError as error:
-        print(f"evaluate.py: {error}", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        sys.exit(130)
+    program(main)

@@ -1916,7 +1916,7 @@ def test_emulator_continues_bitwise_after_it_is_restored():
     actions = np.random.default_rng(0).integers(4, size=60)
     for action in actions[:20]:
         env.step(action)
-    other.set_state(train.unpack(train.pack(env.get_state())))
+    other.set_state(train.tree_map(train.unpack, train.tree_map(train.pack, env.get_state())))
     for action in actions[20:]:
         a, b = env.step(action), other.step(action)
         assert (a[0] == b[0]).all() and a[1:4] == b[1:4]
@@ -2239,7 +2239,7 @@ def test_an_environment_that_fails_is_named(registered, refused, tmp_path, fault
         warnings.simplefilter("ignore")  # of 1e300 as float32
         train.main(["--game", name, "--logdir", str(tmp_path / "run"), *QUICK])
     step = 1 if fault is None else 7
-    for word in [f"Tiny-v0 fails at step {step} of an episode", "the last checkpoint in", *words]:
+    for word in [f"Tiny-v0 fails at step {step} of an episode", *words]:
         assert word in str(error.value)
     assert "\n" not in str(error.value)
     assert train.load_checkpoint(tmp_path / "run" / "checkpoint.pt", "cpu")["step"] == 0
@@ -2270,8 +2270,7 @@ def test_a_first_save_that_was_cut_short_is_no_dead_end(registered, refused, tmp
             with pytest.raises(train.UsageError, match="cannot be used: No space left"):
                 train.main(command)
         directory = tmp_path / f"run {len(flags)}"
-        (directory / "replay-0" / "000000000-000000007.npz").write_text("half")
-        (directory / "metrics.jsonl").write_text("half")
+        assert {path.name for path in directory.rglob("*") if path.is_file()} == {"lock", "writing.tmp"}
         assert not (directory / "checkpoint.pt").exists()
         assert train.main(command) == 0
         assert metrics_of(directory)[0]["step"] == 10
@@ -2314,7 +2313,7 @@ def test_a_score_that_cannot_be_written_is_not_played_for(registered, tmp_path, 
     monkeypatch.setattr(train, "evaluation", lambda *_: pytest.fail("played"))
     (tmp_path / "it's a run" / "writing.tmp").mkdir()
     again = re.escape(f"""{tmp_path}/it'"'"'s a run' --resume""")
-    with pytest.raises(train.UsageError, match="cannot be written.*make room.*--logdir '" + again):
+    with pytest.raises(train.UsageError, match="cannot be used.*make room.*--logdir '" + again):
         train.main([*command, "--resume"])
 
 

@@ -16,7 +16,6 @@ import json
 import math
 import operator
 import os
-import pickle
 import re
 import shlex
 import signal
@@ -484,21 +483,23 @@ def autocast(config):
                           cache_enabled=False)
 
 
-def pack(tree):
-    """NumPy arrays in nested dicts and lists become {"numpy": tensor}, for torch.load with weights_only."""
+def tree_map(change, tree):
+    """change(node) of every node of nested dicts and lists, the inner ones first."""
     if isinstance(tree, dict):
-        return {key: pack(value) for key, value in tree.items()}
-    if isinstance(tree, (list, tuple)):
-        return [pack(value) for value in tree]
-    return {"numpy": torch.from_numpy(tree.copy())} if isinstance(tree, np.ndarray) else tree
+        tree = {key: tree_map(change, value) for key, value in tree.items()}
+    elif isinstance(tree, (list, tuple)):
+        tree = [tree_map(change, value) for value in tree]
+    return change(tree)
 
 
-def unpack(tree):
+def pack(node):
+    """A NumPy array as {"numpy": tensor}: torch.load with weights_only takes tensors, but no arrays."""
+    return {"numpy": torch.tensor(node)} if isinstance(node, np.ndarray) else node
+
+
+def unpack(node):
     """The inverse of pack."""
-    if isinstance(tree, dict):
-        return tree["numpy"].cpu().numpy() if set(tree) == {"numpy"} else {
-            key: unpack(value) for key, value in tree.items()}
-    return [unpack(value) for value in tree] if isinstance(tree, list) else tree
+    return node["numpy"].cpu().numpy() if isinstance(node, dict) and set(node) == {"numpy"} else node
 
 
 def load_checkpoint(path, device):
@@ -506,7 +507,7 @@ def load_checkpoint(path, device):
     with zipfile.ZipFile(path) as file:
         if file.testzip():  # torch.load would not look, and go on with other weights
             raise ValueError("a checksum is wrong")
-    return unpack(torch.load(path, map_location=device, weights_only=True))
+    return tree_map(unpack, torch.load(path, map_location=device, weights_only=True))
 
 
 def history(checkpoint):
@@ -528,8 +529,7 @@ def trusting(path):
         raise UsageError(f"{path}: {error}") from error
     except FileNotFoundError:
         raise UsageError(f"{path} does not exist: this is no directory of a run, or it has no checkpoint yet")
-    except (zipfile.BadZipFile, pickle.UnpicklingError, RuntimeError, EOFError, LookupError, TypeError,
-            ValueError, ArithmeticError, AttributeError, OSError, SystemError) as error:
+    except Exception as error:  # a file that others wrote may break anything
         reason = one_line(error).split(". ")[0]  # torch goes on with dangerous advice
         raise UsageError(f"{path} is damaged or not a checkpoint of this program: {reason}") from error
 
@@ -664,7 +664,7 @@ class Run:
             "updates": self.updates, "commits": self.commits}
         try:
             with replacing(self.directory / "checkpoint.pt") as file:
-                torch.save(pack(checkpoint), file)
+                torch.save(tree_map(pack, checkpoint), file)
         except RuntimeError as error:  # torch hides what the disk has said behind an error of its own
             raise error.__context__ or error
         for i, replay in enumerate(self.replays):
@@ -696,12 +696,6 @@ class Run:
         self.log.restore(checkpoint["log"])
         self.logged, self.since = self.step, time.perf_counter()
         return observation is None
-
-    def clear(self):
-        """Delete what a run whose first checkpoint was never completed has left in the directory."""
-        for i, replay in enumerate(self.replays):
-            replay.load(self.directory / f"replay-{i}", 0)
-        self.log.restore({"bytes": 0, "sums": {}})
 
 
 class Log:
@@ -931,12 +925,27 @@ class Stream:
         return getattr(self.stream, name)
 
     def write(self, text):
-        with contextlib.suppress(OSError):
+        try:
             self.stream.write(text)
-            self.stream.flush()
+            self.stream.flush()  # now, where an error can be caught, and not when the program ends
+        except OSError:
+            self.stream = open(os.devnull, "w")
 
-    def flush(self):
-        pass
+
+def program(main):
+    """Runs main(argv) as a program that ends with an exit code: what the user can mend is said in one line."""
+    name = Path(sys.argv[0]).name
+    sys.stdout, sys.stderr = Stream(sys.stdout), Stream(sys.stderr)
+    try:
+        sys.exit(main(sys.argv[1:]))
+    except UsageError as error:
+        print(f"{name}: {error}", file=sys.stderr)
+        sys.exit(2)
+    except FloatingPointError as error:
+        sys.exit(f"{name}: {error}")  # which is exit code 1
+    except KeyboardInterrupt:  # before training, or in an evaluation: what there was to save is saved
+        print(f"{name}: interrupted", file=sys.stderr)
+        sys.exit(130)
 
 
 def keep_freed_memory():
@@ -968,30 +977,30 @@ def main(argv):
     keep_freed_memory()
     given, resume = parse_config(argv)
     place = make_config({name: given[name] for name in given.keys() & {"game", "seed", "logdir", "device"}})
-    directory, note = Path(place.logdir), ""
-    checkpoint, again = directory / "checkpoint.pt", f"--logdir {shlex.quote(place.logdir)} --resume"
+    directory, checkpoint, note = Path(place.logdir), Path(place.logdir) / "checkpoint.pt", ""
+    again = f"python train.py --logdir {shlex.quote(place.logdir)} --resume"
     try:
         new = not checkpoint.exists()
-        # What a run leaves that was killed, or met a full disk, before its first checkpoint.
-        ours = re.compile(r"replay-\d+|metrics\.jsonl|writing\.tmp|lock")
-        if new and directory.is_dir() and not all(ours.fullmatch(path.name) for path in directory.iterdir()):
+        # A first save that was killed or met a full disk leaves no more than these behind.
+        if new and any(path.is_file() for path in directory.rglob("*")
+                       if path.name not in ("lock", "writing.tmp")):
             raise UsageError(f"{checkpoint} does not exist, other files do: choose another --logdir")
         if not new and not resume:
             raise UsageError(f"{directory} already exists: add --resume to go on, or choose another --logdir")
-        if new:
+        if new:  # what is wrong with a setting is said before anything is written
             run = Run(make_config(given), make_env(place.game))
         with alone_in(directory):
             if new and checkpoint.exists():
                 raise UsageError(f"--logdir {directory} is in use: another process has begun there")
             if new:
-                run.clear()
                 run.save()  # from now on there is something to resume
             else:
                 run, same = resumed(checkpoint, given, place.device)
                 note = f", resumed at step {run.step}" + ", in a new episode, its own is lost" * (not same)
-            return finish(run, note, f"python train.py {again}")
+            return finish(run, note, again)
     except OSError as error:
-        raise UsageError(f"--logdir {directory} cannot be used: {error.strerror or error}")
+        note = f"; its last checkpoint is intact: make room, then {again}" * os.path.exists(checkpoint)
+        raise UsageError(f"--logdir {directory} cannot be used: {error.strerror or error}{note}")
 
 
 def finish(run, note, again):
@@ -1001,34 +1010,17 @@ def finish(run, note, again):
     precision = "float32" if (config.precision, config.device) == ("tf32", "cpu") else config.precision
     print(f"Hieros: {config.game}, preset {config.preset}, {config.levels} levels, {parameters / 1e6:.1f} M"
           f" parameters, device {config.device}, {precision}, writing to {directory}{note}")
-    try:
-        number = train(run)
-        if number:
-            print(f"stopped at step {run.step}, saved; continue with: {again}")
-            return 128 + number
-        open(directory / "writing.tmp", "wb").close()  # to know before playing that it can be written
-        past = {name: getattr(run, name) for name in ("step", "seconds", "curve", "commits")}
-        summary = evaluation(config, run.agent, past, config.eval_episodes, config.seed)
-        write_json(summary, directory / "evaluation.json")
-        print(report(summary))
-        return 0
-    except UsageError as error:
-        raise UsageError(f"{error}; the last checkpoint in {directory} stays")
-    except OSError as error:
-        raise UsageError(f"{directory} cannot be written ({error.strerror or error});"
-                         f" its last checkpoint is intact: make room, then {again}")
-    except FloatingPointError as error:
-        print(f"train.py: {error}", file=sys.stderr)
-        return 1
+    number = train(run)
+    if number:
+        print(f"stopped at step {run.step}, saved; continue with: {again}")
+        return 128 + number
+    open(directory / "writing.tmp", "wb").close()  # to know before playing that it can be written
+    past = {name: getattr(run, name) for name in ("step", "seconds", "curve", "commits")}
+    summary = evaluation(config, run.agent, past, config.eval_episodes, config.seed)
+    write_json(summary, directory / "evaluation.json")  # first: there may be no terminal to print to
+    print(report(summary))
+    return 0
 
 
 if __name__ == "__main__":
-    sys.stdout, sys.stderr = Stream(sys.stdout), Stream(sys.stderr)
-    try:
-        sys.exit(main(sys.argv[1:]))
-    except UsageError as error:
-        print(f"train.py: {error}", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:  # before training, or in the evaluation: what there was to save is saved
-        print("train.py: interrupted; --resume continues from the last checkpoint", file=sys.stderr)
-        sys.exit(130)
+    program(main)

@@ -65,8 +65,4 @@ def main(argv):
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main(sys.argv[1:]))
-    except train.UsageError as error:
-        print(f"gru.py: {error}", file=sys.stderr)
-        sys.exit(2)
+    train.program(main)
