@@ -132,10 +132,11 @@ def film_env(game):
     nothing can be shown, now and not after a hundred episodes."""
     try:
         import PIL  # noqa: F401
-        env = make_env(game, render_mode="rgb_array")
+        env = make_env(game)
         if len(env.observation_space.shape) == 1:
-            if env.render_mode != "rgb_array":
+            if "rgb_array" not in env.metadata.get("render_modes", ()):
                 raise UsageError(f"no film: {game} observes numbers and has no render_mode rgb_array")
+            env = make_env(game, render_mode="rgb_array")
             env.reset(seed=0)
             env.render()
         return env

@@ -30,7 +30,7 @@ import ale_py
 import gymnasium
 import numpy as np
 import torch
-from gymnasium.spaces import Box, Discrete
+from gymnasium.spaces import Box, Discrete, flatdim, flatten
 from gymnasium.vector import AutoresetMode, SyncVectorEnv
 from tqdm import tqdm
 
@@ -263,25 +263,34 @@ def game_name(game):
 
     module, _, id = game.rpartition(":")
     try:
-        atari = {letters(name): name for name in atari_games()}
         importlib.import_module(module) if module else None  # which registers its environments
     except Exception as error:  # it is the user's code: anything may happen
         raise UsageError(f"--game {game}: importing {module} fails: {one_line(error)}")
+    atari = {letters(name): name for name in atari_games()}
     others = {letters(id): id for id, spec in gymnasium.registry.items()
               if not str(spec.entry_point).startswith("ale_py")}
+    if id in others.values():
+        return game
     # The names under which ale_py registers a game, ALE/Pong-v5, PongNoFrameskip-v4, are spellings, too.
     plain = letters(re.sub(r"^ALE/|(NoFrameskip|Deterministic)?-v[045]$", "", game))
-    if id in others.values() or plain in atari:
-        return game if id in others.values() else atari[plain]
-    near = [names[name] for names in (atari, others)
-            for name in difflib.get_close_matches(letters(id), names)]
+    if plain in atari:
+        return atari[plain]
+    near = [known[name] for known in (atari, others) for name in difflib.get_close_matches(letters(id), known)]
     raise UsageError(f"unknown game '{game}'; nearest: " + (", ".join(near) or ", ".join(REFERENCE)
                      + "; Gymnasium's, such as CartPole-v1; your own, my_module:MyEnv-v0"))
 
 
-def make_env(game, render_mode=None):
-    """The environment of a `game_name`. render_mode is for Gymnasium's, and None in those that lack it."""
-    return Atari(game) if game in atari_games() else Registered(game, render_mode)
+def make_env(game, **options):
+    """The environment of a `game_name`. options: for Gymnasium's, such as render_mode."""
+    return Atari(game) if game in atari_games() else Registered(game, **options)
+
+
+def gym_make(id, **options):
+    """gymnasium.make. Where a ROM or a library is missing, or the user's own code fails, one line says so."""
+    try:
+        return gymnasium.make(id, disable_env_checker=True, **options)
+    except Exception as error:
+        raise UsageError(f"{id} cannot be made: {one_line(error)}")
 
 
 @functools.cache
@@ -293,15 +302,15 @@ def area_weights(inputs, outputs):
 
 
 def shrink(image):
-    """An image (height, width, 3) of bytes as (64,64,3): the exact mean over each area, in float32 always.
+    """An image (height, width[, 1 or 3]) as (64,64,3) bytes: the exact mean over each area, always in float32.
 
     By torch: NumPy's matmul has threads of its own, which fight torch's and make acting five times slower.
     """
-    height, width, _ = image.shape
+    height, width = image.shape[:2]
     with torch.autocast("cpu", enabled=False):
-        pixels = torch.from_numpy(image).float().reshape(height, -1)
-        narrow = (area_weights(height, 64) @ pixels).view(64, width, 3)
-        return (area_weights(width, 64) @ narrow).round().byte().numpy()
+        pixels = torch.tensor(image, dtype=torch.float32).view(height, -1)
+        narrow = (area_weights(height, 64) @ pixels).view(64, width, -1)
+        return (area_weights(width, 64) @ narrow).round().byte().expand(64, 64, 3).numpy()  # grey: three times
 
 
 IMAGE = Box(0, 255, (64, 64, 3), np.uint8)
@@ -319,12 +328,8 @@ class Atari(gymnasium.Env):
     REPEAT, NOOPS, MAX_FRAMES = 4, 30, 108_000
 
     def __init__(self, game):
-        try:
-            self.game = gymnasium.make(atari_games()[game], frameskip=1, repeat_action_probability=0.0,
-                                       full_action_space=False, disable_env_checker=True).unwrapped
-        except OSError as error:
-            raise UsageError(f"there is no ROM of '{game}': {one_line(error)};"
-                             " ale-py brings them all: unset ALE_ROMS_DIR, or install it anew")
+        self.game = gym_make(atari_games()[game], frameskip=1, repeat_action_probability=0.0,
+                             full_action_space=False).unwrapped
         self.observation_space, self.action_space = IMAGE, self.game.action_space
         self.max_steps = self.MAX_FRAMES // self.REPEAT  # of an episode
         self.previous = self.screen = None  # the last two frames
@@ -384,32 +389,22 @@ class Registered(gymnasium.Wrapper):
     The time limit is the environment's own; without one it is as long as Atari's: an evaluation must end.
     """
 
-    def __init__(self, game, render_mode=None):
+    def __init__(self, game, **options):
         self.name, self.t, id = game, 0, game.rpartition(":")[2]  # t: steps in this episode
-        limit = gymnasium.spec(id).max_episode_steps or 27_000
-        make = functools.partial(gymnasium.make, id, max_episode_steps=limit, disable_env_checker=True)
-        try:
-            env = make()
-            if render_mode in env.metadata.get("render_modes", ()):
-                env = make(render_mode=render_mode)
-        except Exception as error:
-            raise UsageError(f"{game} cannot be made: {one_line(error)}")
-        super().__init__(env)
-        self.max_steps, self.space, actions, size = limit, env.observation_space, env.action_space, None
-        shape = self.space.shape or ()
-        if isinstance(self.space, Discrete):
-            size = int(self.space.n)
-        elif isinstance(self.space, Box) and len(shape) == 1:
-            size = shape[0]
-        elif not (isinstance(self.space, Box) and self.space.dtype == np.uint8
-                  and (len(shape) == 2 or len(shape) == 3 and shape[2] in (1, 3))):
-            wrapper = "TransformObservation" if len(shape) == 3 else "FlattenObservation"
-            raise UsageError(f"{game} has the observations {one_line(self.space)}; supported: Box of one"
+        self.max_steps = gymnasium.spec(id).max_episode_steps or 27_000
+        super().__init__(gym_make(id, max_episode_steps=self.max_steps, **options))
+        seen, actions = self.env.observation_space, self.env.action_space
+        axes = len(seen.shape or ())
+        image = isinstance(seen, Box) and seen.dtype == np.uint8 and (
+            axes == 2 or axes == 3 and seen.shape[2] in (1, 3))
+        if not (image or isinstance(seen, Discrete) or isinstance(seen, Box) and axes == 1):
+            wrapper = "TransformObservation" if axes == 3 else "FlattenObservation"
+            raise UsageError(f"{game} has the observations {one_line(seen)}; supported: Box of one"
                              f" axis, images of uint8, Discrete; gymnasium.wrappers.{wrapper} converts them")
         if not isinstance(actions, Discrete) or actions.n > 256:  # the replay stores them as bytes
             raise UsageError(f"{game} has the actions {one_line(actions)}; supported: Discrete, up to 256;"
                              " gymnasium.wrappers.TransformAction with a table of actions converts them")
-        self.observation_space = Box(-np.inf, np.inf, (size,), np.float32) if size else IMAGE
+        self.observation_space = IMAGE if image else Box(-np.inf, np.inf, (flatdim(seen),), np.float32)
         self.action_space = Discrete(int(actions.n))
 
     def _ask(self, method, *arguments, **options):
@@ -417,17 +412,13 @@ class Registered(gymnasium.Wrapper):
         goes wrong there becomes one line that names the environment, the step and the place."""
         try:
             seen, *rest = method(*arguments, **options)
-            array, space = np.asarray(seen), self.space
+            array, space = np.asarray(seen), self.env.observation_space
+            # Not Box.contains, which refuses float64 where float32 is promised: too many environments do that.
             if not (space.contains(seen) if isinstance(space, Discrete) else array.shape == space.shape
                     and ((space.low <= array) & (array <= space.high)).all()):  # NaN is not <= anything
                 raise ValueError(f"an observation that is not in {space}")
-            if self.observation_space is IMAGE:
-                colours = array.reshape(*array.shape[:2], -1)  # or one channel of grey
-                array = shrink(np.broadcast_to(colours, (*array.shape[:2], 3)).copy())
-            elif isinstance(space, Discrete):
-                array = np.float32(np.arange(space.start, space.start + space.n) == array)
-            else:
-                array = array.astype(np.float32)
+            image = self.observation_space is IMAGE
+            array = shrink(array) if image else flatten(space, seen).astype(np.float32)
             if not np.isfinite(array).all() or not np.isfinite(np.float32(rest[:-1])).all():
                 raise ValueError("an observation or a reward that is not finite in float32")
             return array, *rest
