@@ -1663,7 +1663,7 @@ def test_a_non_finite_loss_stops_the_run(tmp_path):
     """NaN is never trained on silently: the run ends, names the level and losses, writes no checkpoint."""
     run = train.Run(catch_config(tmp_path), Catch())
     run.agent.levels[1].world_model.outcome_head[-1].bias.data.fill_(float("nan"))
-    with pytest.raises(FloatingPointError, match="level 1: not finite: train/loss/rew"):
+    with pytest.raises(FloatingPointError, match="up to step [0-9]+, level 1: not finite: .*train/loss/rew"):
         train.train(run, progress=False)
     assert not (tmp_path / "checkpoint.pt").exists()
 
@@ -1768,7 +1768,8 @@ def test_signals_save_first(number, tmp_path):
     settings = "--game breakout --preset debug --warmup 0 --steps 100000 --save_every 100000 --log_every 20"
     process = subprocess.Popen([*command, *settings.split()], cwd=HERE, stdout=subprocess.PIPE,
                                stderr=subprocess.DEVNULL, text=True)
-    while not (tmp_path / "run" / "metrics.jsonl").exists():
+    log = tmp_path / "run" / "metrics.jsonl"
+    while not (log.exists() and log.stat().st_size):
         assert process.poll() is None
         time.sleep(0.1)
     process.send_signal(number)
@@ -2267,7 +2268,7 @@ def test_a_first_save_that_was_cut_short_is_no_dead_end(registered, refused, tmp
             with pytest.raises(train.UsageError, match="cannot be used: No space left"):
                 train.main(command)
         directory = tmp_path / f"run {len(flags)}"
-        assert {path.name for path in directory.rglob("*") if path.is_file()} == {"lock", "writing.tmp"}
+        assert (directory / "writing.tmp").exists() and (directory / "metrics.jsonl").read_text() == ""
         assert not (directory / "checkpoint.pt").exists()
         assert train.main(command) == 0
         assert metrics_of(directory)[0]["step"] == 10
@@ -2281,6 +2282,7 @@ def test_a_second_process_in_a_directory_is_refused(registered, refused, tmp_pat
     """By name, before it touches anything; the lock that a killed process leaves behind blocks nobody."""
     pytest.importorskip("fcntl")
     command = ["--game", registered(), "--logdir", str(tmp_path / "run"), *QUICK]
+    (tmp_path / "run").mkdir()
     with train.alone_in(tmp_path / "run"):
         assert "run is in use" in refused("train.py", *command)
         assert "run is in use" in refused("train.py", *command, "--resume")
@@ -2318,12 +2320,12 @@ def test_a_score_that_cannot_be_written_is_not_played_for(registered, tmp_path, 
     (lambda c: c | {"env": c["env"] | {"ale": {"numpy": c["env"]["ale"]["numpy"][:99]}}}, ""),
     (lambda c: c | {"env": c["env"] | {"screen": {"numpy": torch.zeros(3, 3, 3, dtype=torch.uint8)}}}, ""),
     (lambda c: c | {"env": c["env"] | {"frames": "few"}}, "ValueError"),
-    (lambda c: c | {"step": "5"}, "TypeError"), (lambda c: c | {"step": -1}, "ValueError, step -1"),
-    (lambda c: c | {"curve": [["a", "b"]]}, "TypeError"), (lambda c: c | {"curve": [[9, 1.0]]}, "curve"),
-    (lambda c: c | {"seconds": float("nan")}, "seconds"), (lambda c: c | {"updates": ["x", 1]}, "TypeError"),
+    (lambda c: c | {"step": "five"}, "ValueError"), (lambda c: c | {"step": -1}, "ValueError, step -1"),
+    (lambda c: c | {"curve": [["a", "b"]]}, "ValueError"), (lambda c: c | {"curve": [[9, 1.0]]}, "curve"),
+    (lambda c: c | {"seconds": float("nan")}, "seconds"), (lambda c: c | {"updates": ["x", 1]}, "ValueError"),
     (lambda c: c | {"score": None}, "TypeError"), (lambda c: c | {"memory": {"t": 3}}, "KeyError"),
     (lambda c: c | {"now": {}}, "TypeError"), (lambda c: c | {"replay_totals": [1]}, "ValueError"),
-    (lambda c: c | {"log": {"bytes": "x", "sums": {0: 1}}}, "TypeError"),
+    (lambda c: c | {"log": {"bytes": "x"}}, "TypeError"),
 ], ids=str)
 def test_a_checkpoint_edited_by_hand_is_one_clear_line(saved_run, refused, tmp_path, damage, says):
     """Whatever stands in it: texts for numbers, parts of a state, times before the beginning."""

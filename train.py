@@ -14,7 +14,6 @@ import functools
 import importlib
 import json
 import math
-import operator
 import os
 import re
 import shlex
@@ -492,9 +491,10 @@ def load_checkpoint(path, device):
 
 def history(checkpoint):
     """{"step", "seconds", "curve", "commits"} of a run so far, checked: it may have been edited by hand."""
-    step, seconds = operator.index(checkpoint["step"]), float(checkpoint["seconds"])
-    curve = [[operator.index(when), float(score)] for when, score in checkpoint["curve"]]
-    if not 0 <= max([0, *(when for when, _ in curve)]) <= step or not seconds >= 0:
+    step, seconds = int(checkpoint["step"]), float(checkpoint["seconds"])
+    curve = [[int(when), float(score)] for when, score in checkpoint["curve"]]
+    times = [0, *(when for when, _ in curve), step]
+    if times != sorted(times) or not seconds >= 0:
         raise ValueError(f"step {step}, {seconds} seconds and its curve cannot be true together")
     commits = [str(commit) for commit in checkpoint["commits"]]
     return {"step": step, "seconds": seconds, "curve": curve, "commits": commits}
@@ -518,7 +518,6 @@ def trusting(path):
 def alone_in(directory):
     """Keeps every other process out of the directory of a run. The lock is the system's: it goes with this
     process, however that ends, so a killed one does not block the next."""
-    directory.mkdir(parents=True, exist_ok=True)
     with open(directory / "lock", "a") as file:
         try:
             fcntl and fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -563,6 +562,8 @@ class Run:
         self.commits = [origin()["commit"] + "+" * bool(origin()["dirty"])]  # of all code that has trained it
         self.log = Log(self.directory)
         self.seconds, self.logged = 0.0, 0  # wall time of training and step, at the last line of the log
+        self.began = time.perf_counter()
+        self.directory.mkdir(parents=True, exist_ok=True)  # last: if anything is wrong, nothing is left behind
 
     def act(self):
         """Every level that is due updates its state and chooses. Returns, from level 0 upwards, what each of
@@ -627,7 +628,8 @@ class Run:
     def save(self):
         """Write a checkpoint. The old one stays valid until the new one is complete and takes its name: every
         file is on the disk by then, and what only the old one needs is deleted after."""
-        self.log.means()  # nothing that is not finite gets into a checkpoint
+        if self.step > self.logged:
+            self.write_log()  # which raises if a loss is not finite: that must not get into a checkpoint
         for i, replay in enumerate(self.replays):
             replay.save(self.directory / f"replay-{i}")
         checkpoint = {
@@ -658,7 +660,7 @@ class Run:
         past = history(checkpoint)
         self.step, self.seconds, self.curve = past["step"], past["seconds"], past["curve"]
         self.commits = past["commits"] + [new for new in self.commits if new not in past["commits"]]
-        self.updates = [operator.index(count) for count in checkpoint["updates"]]
+        self.updates = [int(count) for count in checkpoint["updates"]]
         self.memory, self.now = checkpoint["memory"], checkpoint["now"]
         self.score, observation = float(checkpoint["score"]), self.env.set_state(checkpoint["env"])
         if observation is not None:  # the episode of the checkpoint could not be saved
@@ -688,29 +690,21 @@ class Log:
         self.sums = {}  # {level: (names, sums of their values, number of updates)}
 
     def add(self, level, metrics):
-        """Sum the metrics {name: scalar tensor} of one update of a level. On the CPU, where looking costs
-        nothing, they are checked at once, while it can be told which loss was the first to go."""
+        """Sum the metrics {name: scalar tensor} of one update of a level."""
         values = torch.stack([value.float() for value in metrics.values()])
         _, total, count = self.sums.get(level, (None, 0, 0))
         self.sums[level] = list(metrics), total + values, count + 1
-        if values.device.type == "cpu":
-            self.means()
-
-    def means(self):
-        """{level: {name: mean since the last flush}}. Raises FloatingPointError if one is not finite."""
-        means = {}
-        for level, (names, total, count) in self.sums.items():
-            means[level] = {f"train/{name}": mean for name, mean in zip(names, (total / count).tolist())}
-            wrong = [name for name, mean in means[level].items() if not math.isfinite(mean)]
-            if wrong:
-                raise FloatingPointError(f"level {level}: not finite: {', '.join(wrong)}; the last checkpoint"
-                                         f" in {self.path.parent} was saved before, --resume repeats what led"
-                                         " here")
-        return means
 
     def flush(self, step):
-        """Write the mean metrics since the last flush, one line a level."""
-        for level, means in self.means().items():
+        """Write the means since the last flush, one line a level. Raises FloatingPointError where one is not
+        finite."""
+        for level, (names, total, count) in self.sums.items():
+            means = {f"train/{name}": mean for name, mean in zip(names, (total / count).tolist())}
+            wrong = [name for name, mean in means.items() if not math.isfinite(mean)]
+            if wrong:
+                raise FloatingPointError(f"up to step {step}, level {level}: not finite: {', '.join(wrong)};"
+                                         f" the last checkpoint in {self.path.parent} was saved before,"
+                                         " --resume repeats what led here")
             self.write({"step": step, "level": level} | means)
         self.sums = {}
 
@@ -720,17 +714,13 @@ class Log:
             file.write(json.dumps(line) + "\n")
 
     def state(self):
-        """What `restore` needs: the length of the file, which is on the disk then, and the sums."""
-        if not self.path.exists():
-            return {"bytes": 0, "sums": self.sums}
+        """What `restore` needs: the length of the file, all of which is on the disk then."""
         with open(self.path, "a") as file:
             os.fsync(file.fileno())
-            return {"bytes": file.tell(), "sums": self.sums}
+            return {"bytes": file.tell()}
 
     def restore(self, state):
         """Cut off the lines written after the checkpoint: the resumed run writes them again."""
-        self.sums = state["sums"]
-        self.means()  # sums that are none are noticed now
         with open(self.path, "a") as file:
             file.truncate(min(state["bytes"], file.tell()))
 
@@ -739,16 +729,26 @@ class Log:
 # The loop
 # ------------------------------------------------------------------------------------------------------------
 
+@contextlib.contextmanager
+def noting_signals():
+    """The list of signals, Ctrl+C and SIGTERM, that have come, which do nothing else meanwhile: they would
+    break off an update or a step of the game, and a checkpoint must not hold one half of it."""
+    noted = []
+    handlers = {number: signal.signal(number, lambda number, frame: noted.append(number))
+                for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield noted
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+
+
 def train(run, progress=True):
     """Act, learn, log, save, until config.steps. Returns the number of the signal that ended it, else 0."""
-    config, stopped = run.config, []
+    config = run.config
     run.began = time.perf_counter() - run.seconds  # as if it had never been interrupted
-    run.directory.mkdir(parents=True, exist_ok=True)
-    handlers = {number: signal.signal(number, lambda number, frame: stopped.append(number))
-                for number in (signal.SIGINT, signal.SIGTERM)}
-    bar = tqdm(total=config.steps, initial=run.step, unit="step", disable=not progress, dynamic_ncols=True,
-               mininterval=1.0)
-    try:
+    with noting_signals() as stopped, tqdm(total=config.steps, initial=run.step, unit="step", mininterval=1.0,
+                                           disable=not progress, dynamic_ncols=True) as bar:
         while run.step < config.steps and not stopped:
             transitions = run.act()
             run.remember(transitions)
@@ -758,19 +758,13 @@ def train(run, progress=True):
             run.play(int(transitions[0]["action"][0]))
             run.learn()
             bar.update()
-            if run.step % config.log_every == 0 or run.step == config.steps:
+            if run.step % config.log_every == 0:
                 run.write_log()
                 scores = [score for _, score in run.curve[-10:]] or [math.nan]
                 bar.set_postfix(score=scores[-1], mean10=f"{np.mean(scores):.1f}", updates=sum(run.updates),
                                 refresh=False)
-            if run.step % config.save_every == 0 or run.step == config.steps:
+            if run.step % config.save_every == 0:
                 run.save()
-    finally:
-        bar.close()
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
-    if stopped:
-        run.seconds = time.perf_counter() - run.began
         run.save()
     return stopped[0] if stopped else 0
 
@@ -957,9 +951,9 @@ def main(argv):
     again = f"python train.py --logdir {shlex.quote(place.logdir)} --resume"
     try:
         new = not checkpoint.exists()
-        # A first save that was killed or met a full disk leaves no more than these behind.
-        if new and any(path.is_file() for path in directory.rglob("*")
-                       if path.name not in ("lock", "writing.tmp")):
+        # A first save that was killed or met a full disk leaves empty files, and the one that it was writing.
+        if new and any(path.is_file() and path.stat().st_size and path.name != "writing.tmp"
+                       for path in directory.rglob("*")):
             raise UsageError(f"{checkpoint} does not exist, other files do: choose another --logdir")
         if not new and not resume:
             raise UsageError(f"{directory} already exists: add --resume to go on, or choose another --logdir")
@@ -991,8 +985,7 @@ def finish(run, note, again):
         print(f"stopped at step {run.step}, saved; continue with: {again}")
         return 128 + number
     open(directory / "writing.tmp", "wb").close()  # to know before playing that it can be written
-    past = {name: getattr(run, name) for name in ("step", "seconds", "curve", "commits")}
-    summary = evaluation(config, run.agent, past, config.eval_episodes, config.seed)
+    summary = evaluation(config, run.agent, history(vars(run)), config.eval_episodes, config.seed)
     write_json(summary, directory / "evaluation.json")  # first: there may be no terminal to print to
     print(report(summary))
     return 0
