@@ -254,18 +254,17 @@ def game_name(game):
         importlib.import_module(module) if module else None  # which registers its environments
     except Exception as error:  # it is the user's code: anything may happen
         raise UsageError(f"--game {game}: importing {module} fails: {one_line(error)}")
-    atari = {letters(name): name for name in atari_games()}
-    others = {letters(id): id for id, spec in gymnasium.registry.items()
-              if not str(spec.entry_point).startswith("ale_py")}
-    if id in others.values():
+    others = [id for id, spec in gymnasium.registry.items() if not str(spec.entry_point).startswith("ale_py")]
+    if id in others:
         return game
+    known = {letters(name): name for name in [*others, *atari_games()]}
     # The names under which ale_py registers a game, ALE/Pong-v5, PongNoFrameskip-v4, are spellings, too.
     plain = letters(re.sub(r"^ALE/|(NoFrameskip|Deterministic)?-v[045]$", "", game))
-    if plain in atari:
-        return atari[plain]
-    near = [known[name] for known in (atari, others) for name in difflib.get_close_matches(letters(id), known)]
-    raise UsageError(f"unknown game '{game}'; nearest: " + (", ".join(near) or ", ".join(REFERENCE)
-                     + "; Gymnasium's, such as CartPole-v1; your own, my_module:MyEnv-v0"))
+    if known.get(plain) in atari_games():
+        return known[plain]
+    near = ", ".join(known[name] for name in difflib.get_close_matches(letters(id), known)) or "none"
+    raise UsageError(f"unknown game '{game}'; nearest: {near}; there are Atari's, such as pong, Gymnasium's, such"
+                     " as CartPole-v1, and your own, my_module:MyEnv-v0")
 
 
 def make_env(game, **options):
@@ -320,13 +319,11 @@ class Atari(gymnasium.Env):
                              full_action_space=False).unwrapped
         self.observation_space, self.action_space = IMAGE, self.game.action_space
         self.max_steps = self.MAX_FRAMES // self.REPEAT  # of an episode
-        self.previous = self.screen = None  # the last two frames
-        self.frames = 0  # of this episode
 
     def reset(self, *, seed=None, options=None):
         super().reset(seed=seed)
         self.screen, _ = self.game.reset(seed=seed)
-        self.previous, self.frames = self.screen, 0
+        self.previous, self.frames = self.screen, 0  # the frame before the last; frames of this episode
         for _ in range(self.np_random.integers(self.NOOPS + 1)):
             if self._frame(0)[1]:
                 self.screen, _ = self.game.reset()
@@ -554,8 +551,7 @@ class Run:
         except (ValueError, MemoryError) as error:  # too little for one sequence, too much for this machine
             raise UsageError(f"--replay_size {config.replay_size}: {error}")
         self.memory = self.agent.initial_memory(1)
-        observation, _ = env.reset(seed=config.seed)
-        self.now = env_step(observation, is_first=True)
+        self.now = env_step(env.reset(seed=config.seed)[0], is_first=True)
         self.step, self.score = 0, 0.0  # agent steps so far, return of this episode so far
         self.curve = []  # [agent step, return] of every finished episode
         self.updates = [0] * config.levels
@@ -638,10 +634,9 @@ class Run:
                            for level in self.agent.levels],
             "env": self.env.get_state(), "log": self.log.state(), "curve": self.curve,
             "rng": self.rng.bit_generator.state, "torch_rng": torch.get_rng_state(),
-            "cuda_rng": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
-            "replay_totals": [replay.total for replay in self.replays], "memory": self.memory,
-            "now": self.now, "step": self.step, "seconds": self.seconds, "score": self.score,
-            "updates": self.updates, "commits": self.commits}
+            "cuda_rng": torch.cuda.get_rng_state_all(), "memory": self.memory, "now": self.now,
+            "replay_totals": [replay.total for replay in self.replays], "step": self.step,
+            "seconds": self.seconds, "score": self.score, "updates": self.updates, "commits": self.commits}
         try:
             with replacing(self.directory / "checkpoint.pt") as file:
                 torch.save(tree_map(pack, checkpoint), file)
@@ -658,23 +653,22 @@ class Run:
             for name, state in states.items():
                 level.optimisers[name].adam.load_state_dict(state)
         past = history(checkpoint)
-        self.step, self.seconds, self.curve = past["step"], past["seconds"], past["curve"]
-        self.commits = past["commits"] + [new for new in self.commits if new not in past["commits"]]
+        past["commits"] += [commit for commit in self.commits if commit not in past["commits"]]
+        vars(self).update(past)
+        self.logged, self.score = self.step, float(checkpoint["score"])
         self.updates = [int(count) for count in checkpoint["updates"]]
         self.memory, self.now = checkpoint["memory"], checkpoint["now"]
-        self.score, observation = float(checkpoint["score"]), self.env.set_state(checkpoint["env"])
+        observation = self.env.set_state(checkpoint["env"])
         if observation is not None:  # the episode of the checkpoint could not be saved
             self.now, self.score = env_step(observation, is_first=True), 0.0
         self.act()  # on trial: what does not fit is noticed now
         self.memory = checkpoint["memory"]
         self.rng.bit_generator.state = checkpoint["rng"]
         torch.set_rng_state(checkpoint["torch_rng"].cpu())
-        for i, state in enumerate(checkpoint["cuda_rng"][:torch.cuda.device_count()]):
-            torch.cuda.set_rng_state(state.cpu(), i)
+        torch.cuda.set_rng_state_all([state.cpu() for state in checkpoint["cuda_rng"]][:torch.cuda.device_count()])
         for i, (replay, total) in enumerate(zip(self.replays, checkpoint["replay_totals"], strict=True)):
             replay.load(self.directory / f"replay-{i}", total)
         self.log.restore(checkpoint["log"])
-        self.logged = self.step
         return observation is None
 
 
@@ -784,10 +778,11 @@ def play(agent, make_env, episodes, seed=0, progress=True):
     envs = SyncVectorEnv([make_env] * n, autoreset_mode=AutoresetMode.NEXT_STEP)
     envs.action_space.seed(seed)
     observation, _ = envs.reset(seed=seed)
-    returns, score, steps = [[] for _ in range(n)], np.zeros(n), 0
     reward, first, last, terminal = np.zeros(n), np.ones(n, bool), np.zeros(n, bool), np.zeros(n, bool)
-    memory, discretised = (agent.initial_memory(n), agent.discretise()) if agent else (None, None)
-    limit = episodes * getattr(envs.envs[0], "max_steps", 0)  # steps in all
+    returns, score, steps = [[] for _ in range(n)], np.zeros(n), 0
+    limit = episodes * getattr(envs.envs[0], "max_steps", math.inf)
+    if agent:
+        memory, discretised = agent.initial_memory(n), agent.discretise()
     with tqdm(total=episodes, desc="evaluation" if agent else "random play", unit="episode", miniters=0,
               mininterval=1.0, disable=not progress, dynamic_ncols=True) as bar:
         while min(map(len, returns)) < episodes // n:
@@ -798,14 +793,13 @@ def play(agent, make_env, episodes, seed=0, progress=True):
             observation, reward, terminal, truncated, _ = envs.step(action)
             first, last = last, terminal | truncated
             score, steps = score + reward, steps + n
-            # The first episode may take long: the bar counts steps too, and says how many it may take.
-            bar.set_postfix_str(f"{steps:,} steps" + f" of at most {limit:,}" * bool(limit), False)
-            bar.update(0)
+            # The first episode may take an hour: the bar counts steps, too.
+            bar.set_postfix_str(f"{steps:,} steps of at most {limit:,}", refresh=False)
             for i in np.flatnonzero(last):
                 if len(returns[i]) < episodes // n:
                     returns[i].append(float(score[i]))
-                    bar.update()
                 score[i] = 0.0
+            bar.update(sum(map(len, returns)) - bar.n)
     envs.close()
     return sum(returns, [])
 
