@@ -46,91 +46,95 @@ except ImportError:  # Windows has no such locks
 # Settings
 # ------------------------------------------------------------------------------------------------------------
 
-def setting(default, help, low=None, high=None, choices=None):
-    """A field of Config: its help text and the values that make sense."""
-    return dataclasses.field(default=default, metadata=dict(help=help, low=low, high=high, choices=choices))
+def setting(default, low=None, high=None, choices=None):
+    """A field of Config: its default and the values that make sense. The comment behind it is its help text."""
+    return dataclasses.field(default=default, metadata={"low": low, "high": high, "choices": choices})
 
 
 @dataclasses.dataclass
 class Config:
     """Every setting of a run; each is a flag of the command line. The defaults are the preset `paper`: the
-    values of Hieros, unless the help text says otherwise."""
+    values of Hieros, unless the comment says otherwise."""
 
-    game: str = setting("pong", "Atari game in any spelling, or Gymnasium's CartPole-v1, my_module:MyEnv-v0")
-    preset: str = setting("auto", "paper; cpu, about an hour on two cores; vector, for observations that are"
-                          " no images, minutes; debug, under a minute; auto, what fits game and device",
-                          choices=["auto", "paper", "cpu", "vector", "debug"])
-    seed: int = setting(0, "seed of everything random", 0, 2 ** 63 - 1)
-    device: str = setting("auto", "auto, cpu, cuda, cuda:1, ...")
-    logdir: str = setting("", "where the run is written (default runs/GAME-SEED)")
-    levels: int = setting(3, "L, levels of the hierarchy; 1 is the flat agent", 1, 6)
-    k: int = setting(4, "a level acts every k ticks of the level below", 2, 64)
+    # The run.
+    game: str = setting("pong")             # Atari game in any spelling, CartPole-v1, my_module:MyEnv-v0
+    preset: str = setting("auto", choices=["auto", "paper", "cpu", "vector", "debug"])  # auto takes what fits
+    seed: int = setting(0, 0, 2 ** 63 - 1)  # seed of everything random
+    device: str = setting("auto")           # auto, cpu, cuda, cuda:1, ...
+    logdir: str = setting("")               # where the run is written (default runs/GAME-SEED)
+    levels: int = setting(3, 1, 6)          # L, levels of the hierarchy; 1 is the flat agent
+    k: int = setting(4, 2, 64)              # a level acts every k ticks of the level below
 
-    steps: int = setting(100_000, "agent steps; on Atari each is 4 frames", 1)
-    warmup: int = setting(1000, "agent steps before the first update", 0)
-    warmup_hold: int = setting(1, "steps for which each action is held before the first update", 1)
-    train_every: int = setting(1, "agent steps per update of level 0; level i has k^i times fewer updates", 1)
-    batch_size: int = setting(16, "B, sequences in a batch", 1)
-    batch_length: int = setting(64, "T, steps in a sequence", 2)
-    replay_size: int = setting(100_000, "steps that level 0 keeps; level i keeps k^i times fewer", 1)
-    tau: float = setting(0.3, "temperature of time-balanced sampling; 0 is uniform", 0, 1)
+    # Experience.
+    steps: int = setting(100_000, 1)        # agent steps; on Atari each is 4 frames
+    warmup: int = setting(1000, 0)          # agent steps before the first update
+    warmup_hold: int = setting(1, 1)        # steps for which each action is held before the first update
+    train_every: int = setting(1, 1)        # agent steps an update of level 0; level i has k^i times fewer
+    batch_size: int = setting(16, 1)        # B, sequences in a batch
+    batch_length: int = setting(64, 2)      # T, steps in a sequence
+    replay_size: int = setting(100_000, 1)  # steps that level 0 keeps; level i keeps k^i times fewer
+    tau: float = setting(0.3, 0, 1)         # temperature of time-balanced sampling; 0 is uniform
 
-    stoch: int = setting(32, "categoricals in the stochastic state z", 1)
-    classes: int = setting(32, "classes of each of them", 2, 255)
-    hidden: int = setting(256, "H, size of h and features of the S5 layers", 1)
-    state_size: int = setting(128, "P, state size of an S5 layer, a multiple of 8", 8)
-    s5_layers: int = setting(8, "S5 layers", 1)
-    units: int = setting(256, "units of every MLP layer", 1)
-    mlp_layers: int = setting(2, "hidden layers of the MLPs", 1)
-    depth: int = setting(24, "channels of the first convolution", 1)
-    first_stride: int = setting(2, "stride of the first convolution, 4 to save its cost", choices=[2, 4])
-    sharpness: float = setting(1.0, "factor of the initial posterior's logits", 0)
-    kl_warmup: int = setting(0, "updates without the KL that makes z foreseeable; it rises for as many", 0)
+    # World model (world_model.py, s5.py).
+    stoch: int = setting(32, 1)             # categoricals in the stochastic state z
+    classes: int = setting(32, 2, 255)      # classes of each of them
+    hidden: int = setting(256, 1)           # H, size of h and features of the S5 layers
+    state_size: int = setting(128, 8)       # P, state size of an S5 layer, a multiple of 8
+    s5_layers: int = setting(8, 1)          # S5 layers
+    units: int = setting(256, 1)            # units of every MLP layer
+    mlp_layers: int = setting(2, 1)         # hidden layers of the MLPs
+    depth: int = setting(24, 1)             # channels of the first convolution
+    first_stride: int = setting(2, choices=[2, 4])  # stride of the first convolution, 4 to save its cost
+    sharpness: float = setting(1.0, 0)      # factor of the initial posterior's logits
+    kl_warmup: int = setting(0, 0)          # updates without the KL of z and its prior; then it rises
 
-    horizon: int = setting(16, "imagined steps", 2)
-    starts: int = setting(1024, "imagined rollouts an update, at most batch_size * batch_length", 1)
-    gamma: float = setting(0.997, "discount of a tick", 0, 1)
-    lam: float = setting(0.95, "lambda of the returns", 0, 1)
-    entropy_scale: float = setting(3e-4, "weight of the policy's entropy", 0)
-    slow: float = setting(0.02, "share by which the slow critics follow, an update", 0, 1)
-    extrinsic_weight: float = setting(1.0, "weight of the game's reward", 0)
-    subgoal_weight: float = setting(0.3, "weight of the subgoal reward", 0)
-    novelty_weight: float = setting(0.1, "weight of the novelty reward", 0)
-    hindsight: float = setting(
-        0.0, "0: the paper's subgoals. 0.5: goals are changes of h, and half of them, and of the actions of"
-        " higher levels, are replaced by what was done; see Level", 0, 1)
-    subgoal_categoricals: int = setting(8, "categoricals of a subgoal code", 1)
-    subgoal_classes: int = setting(8, "classes of each of them", 2, 255)
+    # Behaviour (hierarchy.py).
+    horizon: int = setting(16, 2)           # imagined steps
+    starts: int = setting(1024, 1)          # imagined rollouts an update, at most batch_size * batch_length
+    gamma: float = setting(0.997, 0, 1)     # discount of a tick
+    lam: float = setting(0.95, 0, 1)        # lambda of the returns
+    entropy_scale: float = setting(3e-4, 0)  # weight of the policy's entropy
+    slow: float = setting(0.02, 0, 1)       # share by which the slow critics follow, an update
+    extrinsic_weight: float = setting(1.0, 0)  # weight of the game's reward
+    subgoal_weight: float = setting(0.3, 0)  # weight of the subgoal reward
+    novelty_weight: float = setting(0.1, 0)  # weight of the novelty reward
+    hindsight: float = setting(0.0, 0, 1)   # 0: the paper's subgoals; else a share of hindsight, see Level
+    subgoal_categoricals: int = setting(8, 1)  # categoricals of a subgoal code
+    subgoal_classes: int = setting(8, 2, 255)  # classes of each of them
+    encoder_lr: float = setting(1e-4, 0)    # learning rate of the encoders, which belong to the world models
+    model_lr: float = setting(1e-4, 0)      # learning rate of the world models
+    actor_lr: float = setting(3e-5, 0)      # learning rate of the actors
+    critic_lr: float = setting(3e-5, 0)     # learning rate of the critics
+    autoencoder_lr: float = setting(1e-4, 0)  # learning rate of the subgoal autoencoders
 
-    encoder_lr: float = setting(1e-4, "learning rate of the encoders, which belong to the world models", 0)
-    model_lr: float = setting(1e-4, "learning rate of the world models", 0)
-    actor_lr: float = setting(3e-5, "learning rate of the actors", 0)
-    critic_lr: float = setting(3e-5, "learning rate of the critics", 0)
-    autoencoder_lr: float = setting(1e-4, "learning rate of the subgoal autoencoders", 0)
-
-    precision: str = setting("tf32", "arithmetic of the matrix products; on a CPU tf32 is float32",
-                             choices=["tf32", "float32", "bf16"])
-    log_every: int = setting(500, "agent steps between lines of metrics.jsonl", 1)
-    save_every: int = setting(2500, "agent steps between checkpoints", 1)
-    eval_episodes: int = setting(100, "episodes of the final evaluation", 1)
+    # The machine.
+    precision: str = setting("tf32", choices=["tf32", "float32", "bf16"])  # of matrix products
+    log_every: int = setting(500, 1)        # agent steps between lines of metrics.jsonl
+    save_every: int = setting(2500, 1)      # agent steps between checkpoints
+    eval_episodes: int = setting(100, 1)    # episodes of the final evaluation
 
 
 PRESETS = {
-    "paper": {},
+    "paper": {},  # for a GPU
+    # An hour on two CPU cores, where `paper` would take five days: smaller networks, and a twelfth of the
+    # updates. For so few, rates are higher, and z is made to tell frames apart before it must be foreseeable.
     "cpu": dict(train_every=12, batch_size=8, batch_length=32, stoch=32, classes=16, hidden=128,
                 state_size=64, s5_layers=2, units=128, first_stride=4, sharpness=10.0, kl_warmup=200,
                 horizon=10, starts=128, gamma=0.99, slow=0.1, entropy_scale=1e-3, subgoal_weight=0.03,
                 encoder_lr=3e-4, model_lr=1e-3, actor_lr=3e-4, critic_lr=1e-3, autoencoder_lr=1e-3),
+    # Observations that are no images cost little: more updates than `cpu`, and done in minutes. Where a step
+    # moves little, a random action that lasts gets further than one that trembles, so warmup is held and long.
     "vector": dict(steps=20_000, warmup=2500, warmup_hold=4, train_every=6, batch_size=8, batch_length=32,
                    stoch=16, classes=16, hidden=64, state_size=32, s5_layers=2, units=64, sharpness=10.0,
                    kl_warmup=100, horizon=15, starts=96, gamma=0.99, slow=0.1, entropy_scale=1e-3,
                    subgoal_weight=0.03, encoder_lr=1e-3, model_lr=1e-3, actor_lr=5e-4, critic_lr=3e-3,
                    autoencoder_lr=1e-3),
+    # Does everything run? It learns nothing in its minute.
     "debug": dict(steps=1200, replay_size=2000, train_every=10, warmup=300, batch_size=4, batch_length=16,
                   stoch=8, classes=8, hidden=64, state_size=32, s5_layers=2, units=64, mlp_layers=1, depth=8,
                   first_stride=4, horizon=5, starts=32, log_every=100, save_every=400, eval_episodes=2),
 }
-# What --resume may change.
+# What --resume may change, since it touches no number that is learned.
 RESUMABLE = {"steps", "logdir", "device", "log_every", "save_every", "eval_episodes"}
 
 
@@ -151,7 +155,10 @@ class Parser(argparse.ArgumentParser):
         raise UsageError(f"{message}; --help names every flag")
 
 
-EXAMPLES = """examples:
+EXAMPLES = """presets: paper, for Atari on a GPU; cpu, an hour on two cores; vector, for observations that are no
+images, minutes; debug, under a minute; auto, the first three by game and device
+
+examples:
   python train.py --game pong                            writes runs/pong-0
   python train.py --game breakout --levels 1 --seed 3    the flat agent, in runs/breakout-3
   python train.py --game CartPole-v1                     a few minutes
@@ -168,6 +175,8 @@ def parse_config(argv):
     parser = Parser(description="Train Hieros on a game, then play it for a score.", epilog=EXAMPLES,
                     usage="train.py [--game str] [--seed int] [any setting below] [--resume]",
                     formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    # Each setting is explained once, by its comment above, which is its help text, too.
+    helps = dict(re.findall(r"^    (\w+): .*  # (.*)", Path(__file__).read_text("utf-8"), re.MULTILINE))
     for field in dataclasses.fields(Config):
         values = {name: preset.get(field.name, field.default) for name, preset in PRESETS.items()}
         if len(set(values.values())) == 1:
@@ -176,7 +185,7 @@ def parse_config(argv):
         choices = field.metadata["choices"]
         parser.add_argument("--" + field.name, default=argparse.SUPPRESS, type=field.type, choices=choices,
                             metavar="|".join(map(str, choices)) if choices else field.type.__name__,
-                            help=field.metadata["help"] + f" ({defaults})" * bool(defaults))
+                            help=helps[field.name] + f" ({defaults})" * bool(defaults))
     parser.add_argument("--resume", action="store_true", help="continue from the last checkpoint in --logdir;"
                         " where there is none yet, begin: a job that is started again may always say it")
     given = vars(parser.parse_args(argv))
