@@ -47,7 +47,7 @@ except ImportError:  # Windows has no such locks
 # ------------------------------------------------------------------------------------------------------------
 
 def setting(default, low=None, high=None, choices=None):
-    """A field of Config: its default and the values that make sense. The comment behind it is its help text."""
+    """A field of Config: its default, and the values that make sense."""
     return dataclasses.field(default=default, metadata={"low": low, "high": high, "choices": choices})
 
 
@@ -123,7 +123,7 @@ PRESETS = {
                 horizon=10, starts=128, gamma=0.99, slow=0.1, entropy_scale=1e-3, subgoal_weight=0.03,
                 encoder_lr=3e-4, model_lr=1e-3, actor_lr=3e-4, critic_lr=1e-3, autoencoder_lr=1e-3),
     # Observations that are no images cost little: more updates than `cpu`, and done in minutes. Where a step
-    # moves little, a random action that lasts gets further than one that trembles, so warmup is held and long.
+    # moves little, a random action that lasts gets further than one that trembles: so warmup holds it.
     "vector": dict(steps=20_000, warmup=2500, warmup_hold=4, train_every=6, batch_size=8, batch_length=32,
                    stoch=16, classes=16, hidden=64, state_size=32, s5_layers=2, units=64, sharpness=10.0,
                    kl_warmup=100, horizon=15, starts=96, gamma=0.99, slow=0.1, entropy_scale=1e-3,
@@ -142,10 +142,21 @@ class UsageError(Exception):
     """The user can mend this: one line that says what is wrong and what would be right; exit code 2."""
 
 
+@contextlib.contextmanager
+def blaming(what):
+    """Turns whatever goes wrong in this block, where code runs that others wrote, into one line that begins
+    with `what` and ends with the place: a long traceback through Gymnasium and torch would hide it."""
+    try:
+        yield
+    except Exception as error:
+        place = traceback.extract_tb(error.__traceback__)[-1]
+        raise UsageError(f"{what}: {type(error).__name__}, {one_line(error)} ({Path(place.filename).name},"
+                         f" line {place.lineno})") from error
+
+
 def one_line(anything):
-    """An error, or anything else, as a text that is not too long for a message."""
-    name = f"{type(anything).__name__}, " * isinstance(anything, Exception)
-    return name + " ".join(str(anything).split())[:300]
+    """As a text that is not too long for a message."""
+    return " ".join(str(anything).split())[:300]
 
 
 class Parser(argparse.ArgumentParser):
@@ -155,8 +166,8 @@ class Parser(argparse.ArgumentParser):
         raise UsageError(f"{message}; --help names every flag")
 
 
-EXAMPLES = """presets: paper, for Atari on a GPU; cpu, an hour on two cores; vector, for observations that are no
-images, minutes; debug, under a minute; auto, the first three by game and device
+EXAMPLES = """presets: paper, for Atari on a GPU; cpu, an hour on two cores; vector, for observations that are
+no images, minutes; debug, under a minute; auto, the first three by game and device
 
 examples:
   python train.py --game pong                            writes runs/pong-0
@@ -214,12 +225,10 @@ def make_config(given):
         raise UsageError(f"--state_size {config.state_size} must be a multiple of 8 (4 blocks of pairs)")
     if config.steps < config.warmup:
         raise UsageError(f"--steps {config.steps} ends before the first update, at --warmup {config.warmup}")
-    try:
-        if torch.device(config.device).type not in ("cpu", "cuda"):
-            raise RuntimeError("cpu and cuda can; others, such as mps, lack complex numbers or float64")
+    if not re.fullmatch(r"cpu|cuda(:\d+)?", config.device):
+        raise UsageError(f"--device {config.device}: only cpu and cuda can; mps lacks complex numbers")
+    with blaming(f"--device {config.device} cannot be used here"):
         torch.zeros(1, device=config.device)
-    except (RuntimeError, AssertionError) as error:
-        raise UsageError(f"--device {config.device} cannot be used here: {str(error).splitlines()[0]}")
     config.logdir = config.logdir or "runs/" + re.sub(r"[^\w.-]", "_", f"{config.game}-{config.seed}")
     return config
 
@@ -259,10 +268,9 @@ def game_name(game):
         return "".join(c for c in text.lower() if c.isalnum())
 
     module, _, id = game.rpartition(":")
-    try:
-        importlib.import_module(module) if module else None  # which registers its environments
-    except Exception as error:  # it is the user's code: anything may happen
-        raise UsageError(f"--game {game}: importing {module} fails: {one_line(error)}")
+    if module:
+        with blaming(f"--game {game}: importing {module} fails"):
+            importlib.import_module(module)  # which registers its environments
     others = [id for id, spec in gymnasium.registry.items() if not str(spec.entry_point).startswith("ale_py")]
     if id in others:
         return game
@@ -272,21 +280,13 @@ def game_name(game):
     if known.get(plain) in atari_games():
         return known[plain]
     near = ", ".join(known[name] for name in difflib.get_close_matches(letters(id), known)) or "none"
-    raise UsageError(f"unknown game '{game}'; nearest: {near}; there are Atari's, such as pong, Gymnasium's, such"
-                     " as CartPole-v1, and your own, my_module:MyEnv-v0")
+    raise UsageError(f"unknown game '{game}'; nearest: {near}; there are Atari's, such as pong, Gymnasium's,"
+                     " such as CartPole-v1, and your own, my_module:MyEnv-v0")
 
 
 def make_env(game, **options):
     """The environment of a `game_name`. options: for Gymnasium's, such as render_mode."""
     return Atari(game) if game in atari_games() else Registered(game, **options)
-
-
-def gym_make(id, **options):
-    """gymnasium.make. Where a ROM or a library is missing, or the user's own code fails, one line says so."""
-    try:
-        return gymnasium.make(id, disable_env_checker=True, **options)
-    except Exception as error:
-        raise UsageError(f"{id} cannot be made: {one_line(error)}")
 
 
 @functools.cache
@@ -298,7 +298,7 @@ def area_weights(inputs, outputs):
 
 
 def shrink(image):
-    """An image (height, width[, 1 or 3]) as (64,64,3) bytes: the exact mean over each area, always in float32.
+    """An image (height, width[, 1 or 3]) as (64,64,3) bytes: the exact mean over each area, in float32.
 
     By torch: NumPy's matmul has threads of its own, which fight torch's and make acting five times slower.
     """
@@ -306,7 +306,7 @@ def shrink(image):
     with torch.autocast("cpu", enabled=False):
         pixels = torch.tensor(image, dtype=torch.float32).view(height, -1)
         narrow = (area_weights(height, 64) @ pixels).view(64, width, -1)
-        return (area_weights(width, 64) @ narrow).round().byte().expand(64, 64, 3).numpy()  # grey: three times
+        return (area_weights(width, 64) @ narrow).round().byte().expand(64, 64, 3).numpy()
 
 
 IMAGE = Box(0, 255, (64, 64, 3), np.uint8)
@@ -324,8 +324,9 @@ class Atari(gymnasium.Env):
     REPEAT, NOOPS, MAX_FRAMES = 4, 30, 108_000
 
     def __init__(self, game):
-        self.game = gym_make(atari_games()[game], frameskip=1, repeat_action_probability=0.0,
-                             full_action_space=False).unwrapped
+        with blaming(f"{game} cannot be made"):
+            self.game = gymnasium.make(atari_games()[game], frameskip=1, repeat_action_probability=0.0,
+                                       full_action_space=False, disable_env_checker=True).unwrapped
         self.observation_space, self.action_space = IMAGE, self.game.action_space
         self.max_steps = self.MAX_FRAMES // self.REPEAT  # of an episode
 
@@ -386,7 +387,9 @@ class Registered(gymnasium.Wrapper):
     def __init__(self, game, **options):
         self.name, self.t, id = game, 0, game.rpartition(":")[2]  # t: steps in this episode
         self.max_steps = gymnasium.spec(id).max_episode_steps or 27_000
-        super().__init__(gym_make(id, max_episode_steps=self.max_steps, **options))
+        with blaming(f"{game} cannot be made"):
+            super().__init__(gymnasium.make(id, max_episode_steps=self.max_steps, disable_env_checker=True,
+                                            **options))
         seen, actions = self.env.observation_space, self.env.action_space
         axes = len(seen.shape or ())
         image = isinstance(seen, Box) and seen.dtype == np.uint8 and (
@@ -402,12 +405,11 @@ class Registered(gymnasium.Wrapper):
         self.action_space = Discrete(int(actions.n))
 
     def _ask(self, method, *arguments, **options):
-        """What the environment's reset or step returns, checked, the observation as the agent sees it. What
-        goes wrong there becomes one line that names the environment, the step and the place."""
-        try:
+        """What the environment's reset or step returns, checked, the observation as the agent sees it."""
+        with blaming(f"{self.name} fails at step {self.t} of an episode"):
             seen, *rest = method(*arguments, **options)
             array, space = np.asarray(seen), self.env.observation_space
-            # Not Box.contains, which refuses float64 where float32 is promised: too many environments do that.
+            # Box.contains would refuse float64 where float32 is promised, as many environments do.
             if not (space.contains(seen) if isinstance(space, Discrete) else array.shape == space.shape
                     and ((space.low <= array) & (array <= space.high)).all()):  # NaN is not <= anything
                 raise ValueError(f"an observation that is not in {space}")
@@ -416,10 +418,6 @@ class Registered(gymnasium.Wrapper):
             if not np.isfinite(array).all() or not np.isfinite(np.float32(rest[:-1])).all():
                 raise ValueError("an observation or a reward that is not finite in float32")
             return array, *rest
-        except Exception as error:
-            place = traceback.extract_tb(error.__traceback__)[-1]
-            raise UsageError(f"{self.name} fails at step {self.t} of an episode: {one_line(error)}"
-                             f" ({Path(place.filename).name}, line {place.lineno})") from error
 
     def reset(self, **options):
         self.t = 0
@@ -517,7 +515,8 @@ def trusting(path):
         raise UsageError(f"{path} does not exist: this is no directory of a run, or it has no checkpoint yet")
     except Exception as error:  # a file that others wrote may break anything
         reason = one_line(error).split(". ")[0]  # torch goes on with dangerous advice
-        raise UsageError(f"{path} is damaged or not a checkpoint of this program: {reason}") from error
+        raise UsageError(f"{path} is damaged or not a checkpoint of this program: {type(error).__name__},"
+                         f" {reason}") from error
 
 
 @contextlib.contextmanager
@@ -568,7 +567,7 @@ class Run:
         self.log = Log(self.directory)
         self.seconds, self.logged = 0.0, 0  # wall time of training and step, at the last line of the log
         self.began = time.perf_counter()
-        self.directory.mkdir(parents=True, exist_ok=True)  # last: if anything is wrong, nothing is left behind
+        self.directory.mkdir(parents=True, exist_ok=True)  # last: what fails leaves nothing behind
 
     def act(self):
         """Every level that is due updates its state and chooses. Returns, from level 0 upwards, what each of
@@ -674,7 +673,8 @@ class Run:
         self.memory = checkpoint["memory"]
         self.rng.bit_generator.state = checkpoint["rng"]
         torch.set_rng_state(checkpoint["torch_rng"].cpu())
-        torch.cuda.set_rng_state_all([state.cpu() for state in checkpoint["cuda_rng"]][:torch.cuda.device_count()])
+        for i, state in enumerate(checkpoint["cuda_rng"][:torch.cuda.device_count()]):
+            torch.cuda.set_rng_state(state.cpu(), i)
         for i, (replay, total) in enumerate(zip(self.replays, checkpoint["replay_totals"], strict=True)):
             replay.load(self.directory / f"replay-{i}", total)
         self.log.restore(checkpoint["log"])
@@ -829,8 +829,7 @@ def origin():
 
 
 def statistics(returns):
-    """Mean and standard error of some returns. The error is that of one agent's episodes: trainings from other
-    seeds differ by more."""
+    """Mean and standard error of some returns: the error of one agent's episodes. Seeds differ by more."""
     error = float(np.std(returns, ddof=1) / len(returns) ** 0.5) if len(returns) > 1 else None
     return {"mean": float(np.mean(returns)), "standard_error": error, "returns": returns}
 
@@ -906,7 +905,7 @@ class Stream:
 
 
 def program(main):
-    """Runs main(argv) as a program that ends with an exit code: what the user can mend is said in one line."""
+    """Run main(argv) as a program that ends with an exit code, and with one line where something is wrong."""
     name = Path(sys.argv[0]).name
     sys.stdout, sys.stderr = Stream(sys.stdout), Stream(sys.stderr)
     try:
