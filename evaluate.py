@@ -13,6 +13,7 @@ import csv
 import dataclasses
 import json
 import math
+import sys
 import tempfile
 from collections import defaultdict
 from pathlib import Path
@@ -22,9 +23,9 @@ import numpy as np
 import torch
 
 from hierarchy import onehot
-from train import (PRESETS, REFERENCE, RESUMABLE, Config, Parser, UsageError, autocast,
-                   env_step, evaluation, history, keep_freed_memory, load_checkpoint, make_agent,
-                   make_config, make_env, program, report, trusting, write_json)
+from train import (PRESETS, REFERENCE, RESUMABLE, Config, Parser, UsageError, autocast, blaming, env_step,
+                   evaluation, history, keep_freed_memory, load_checkpoint, make_agent, make_config, make_env,
+                   program, report, statistics, trusting, write_json)
 from world_model import symexp
 
 
@@ -124,7 +125,7 @@ def save_film(path, frames, limit=5_000_000):
         size = Path(path).stat().st_size
         message = f"{path}: {len(kept)} of {len(frames)} steps, {size / 1e6:.1f} MB"
         kept = kept[:int(len(kept) * 0.95 * limit / size)]
-    print(message)
+    print(message, file=sys.stderr)
 
 
 def film_env(game):
@@ -270,33 +271,22 @@ def load_results(paths):
     """{group: {game: [result, ...]}} of result files, all in order, results by seed. A group is what may be
     averaged, named by `group_title`. Raises UsageError for a file that is not one of ours, or a run that is
     there twice."""
-    kinds = {"game": str, "preset": str, "levels": int, "seed": int, "agent_steps": int, "returns": list,
-             "curve": list, "config": dict}
+    kinds = {"game": str, "preset": str, "levels": int, "seed": int, "agent_steps": int}
     runs, groups = {}, defaultdict(lambda: defaultdict(list))
     for path in paths:
-        try:
-            run = json.loads(Path(path).read_text())
-            for name, kind in kinds.items():
-                if not isinstance(run[name], kind):
-                    raise ValueError(f"{name} is not {kind.__name__}")
-            returns = np.array(run["returns"], float)
-            if returns.ndim != 1 or not returns.size or not np.isfinite(returns).all():
-                raise ValueError("returns are not finite numbers")
+        with blaming(f"{path} is not a result of this program"):
+            run = json.loads(Path(path).read_bytes())
+            wrong = [name for name, kind in kinds.items() if not isinstance(run[name], kind)]
+            if wrong or not run["returns"] or not np.isfinite(run["returns"]).all():
+                raise ValueError(f"not of the right kind: {wrong or 'returns'}")
+            run |= statistics([float(score) for score in run["returns"]])
+            run["path"], run["curve"] = path, np.array(run["curve"], float).reshape(-1, 2)  # [step, return]
             # Of all code that has trained it; of older files, of the code that has evaluated it.
             run["commits"] = list(run.get("trained_by", [str(run["commit"])]))
-            n, group = len(returns), group_title(run)
-            run["path"], run["mean"] = path, float(returns.mean())
-            run["episodes_se"] = float(returns.std(ddof=1) / n ** 0.5) if n > 1 else None
-            run["curve"] = np.array(run["curve"], float).reshape(-1, 2)  # (episodes, [step, return])
-        except OSError as error:
-            raise UsageError(f"{path} cannot be read: {error.strerror}")
-        except (LookupError, TypeError, ValueError, ArithmeticError, RecursionError) as error:
-            reason = f"{type(error).__name__}, {error}"
-            raise UsageError(f"{path} is not a result of this program: {reason}") from error
-        first = runs.setdefault((group, run["game"], run["seed"]), run)
-        if first is not run:  # it would count twice
-            raise UsageError(f"{path} and {first['path']} are the same run:"
-                             f" {run['game']}, seed {run['seed']}, {group}")
+            key = group_title(run), run["game"], run["seed"]
+        if key in runs:  # it would count twice
+            raise UsageError(f"{path} and {runs[key]['path']} are the same run: {key[1]}, seed {key[2]}, {key[0]}")
+        runs[key] = run
     for (group, game, _), run in sorted(runs.items(), key=lambda item: item[0]):
         groups[group][game].append(run)
     return groups
@@ -314,7 +304,7 @@ def summarise(groups):
     for group, games in groups.items():
         ours, rows = human_normalised({game: [run["mean"] for run in games[game]] for game in games}), {}
         for game, runs in games.items():
-            scores, errors = ([run[name] for run in runs] for name in ("mean", "episodes_se"))
+            scores, errors = ([run[name] for run in runs] for name in ("mean", "standard_error"))
             rows[game] = {"scores": scores, "mean": float(np.mean(scores)),
                           "seeds_sd": float(np.std(scores, ddof=1)) if len(scores) > 1 else None,
                           "episodes_se": None if None in errors else float(np.mean(errors)),
@@ -395,12 +385,10 @@ def writable(path, suffix):
     """The name of a file to write. Raises UsageError, before any work is done, where it cannot be written."""
     if Path(path).suffix != suffix:  # above all, no typing error may overwrite a checkpoint
         raise UsageError(f"{path}: the name must end in {suffix}")
-    if Path(path).is_dir():
-        raise UsageError(f"{path} cannot be written: it is a directory")
-    try:  # whether a file can be made there is best known by making one
-        tempfile.TemporaryFile(dir=Path(path).parent).close()
-    except OSError as error:
-        raise UsageError(f"{path} cannot be written: {error.strerror}") from error
+    with blaming(f"{path} cannot be written"):
+        if Path(path).is_dir():
+            raise IsADirectoryError("it is a directory")
+        tempfile.TemporaryFile(dir=Path(path).parent).close()  # what can be made is best known by making it
     return path
 
 
@@ -431,8 +419,6 @@ def parse(argv):
     if not args.paths or (len(args.paths) > 1 and not args.table):
         raise UsageError("--table needs result files, for example runs/*/evaluation.json" if args.table else
                          "name one directory of a run, for example runs/pong-0")
-    if args.json == "-" and args.video:
-        raise UsageError("--json - prints nothing but the score: make the film by another command")
     if args.episodes is not None and args.episodes < 1:
         raise UsageError(f"--episodes {args.episodes} is out of range: at least 1")
     make_config({"seed": args.seed, "device": args.device})
