@@ -18,7 +18,6 @@ import tempfile
 from collections import defaultdict
 from pathlib import Path
 
-import gymnasium
 import numpy as np
 import torch
 
@@ -131,20 +130,16 @@ def save_film(path, frames, limit=5_000_000):
 def film_env(game):
     """The environment of a film: its observations are images, or it draws frames. Raises UsageError where
     nothing can be shown, now and not after a hundred episodes."""
-    try:
+    with blaming(f"no film of {game} (films need: pip install pillow)"):
         import PIL  # noqa: F401
         env = make_env(game)
         if len(env.observation_space.shape) == 1:
             if "rgb_array" not in env.metadata.get("render_modes", ()):
-                raise UsageError(f"no film: {game} observes numbers and has no render_mode rgb_array")
+                raise ValueError("it observes numbers and has no render_mode rgb_array")
             env = make_env(game, render_mode="rgb_array")
             env.reset(seed=0)
-            env.render()
+            env.render()  # which may need a library that is not there
         return env
-    except ImportError:
-        raise UsageError("a film needs Pillow: pip install pillow")
-    except gymnasium.error.DependencyNotInstalled as error:
-        raise UsageError(f"no film: {error}")
 
 
 def film(agent, env, game, seed, path, steps=300, restart=45):
@@ -235,7 +230,7 @@ def aggregate(scores):
 def bootstrap(scores, resamples=2000, seed=0):
     """(2,4) ends of the 95% intervals of AGGREGATES. Stratified: each game's runs are redrawn among
     themselves. NaN where every game has one run: no width at all would be a lie."""
-    if max(map(len, scores)) == 1:
+    if max(map(len, scores), default=1) == 1:
         return np.full((2, len(AGGREGATES)), np.nan)
     rng = np.random.default_rng(seed)
     draws = [aggregate([rng.choice(s, len(s)) for s in scores]) for _ in range(resamples)]
@@ -285,7 +280,8 @@ def load_results(paths):
             run["commits"] = list(run.get("trained_by", [str(run["commit"])]))
             key = group_title(run), run["game"], run["seed"]
         if key in runs:  # it would count twice
-            raise UsageError(f"{path} and {runs[key]['path']} are the same run: {key[1]}, seed {key[2]}, {key[0]}")
+            raise UsageError(f"{path} and {runs[key]['path']} are the same run: {key[1]}, seed {key[2]},"
+                             f" {key[0]}")
         runs[key] = run
     for (group, game, _), run in sorted(runs.items(), key=lambda item: item[0]):
         groups[group][game].append(run)
@@ -302,7 +298,8 @@ def summarise(groups):
     published = {name + "*": human_normalised(scores) for name, scores in read_published().items()}
     summaries = []
     for group, games in groups.items():
-        ours, rows = human_normalised({game: [run["mean"] for run in games[game]] for game in games}), {}
+        ours = human_normalised({game: [run["mean"] for run in runs] for game, runs in games.items()})
+        rows = {}
         for game, runs in games.items():
             scores, errors = ([run[name] for run in runs] for name in ("mean", "standard_error"))
             rows[game] = {"scores": scores, "mean": float(np.mean(scores)),
@@ -311,10 +308,10 @@ def summarise(groups):
                           "human_normalised": float(ours[game].mean()) if game in ours else None,
                           "random_measured": runs[0].get("random_measured")}
         # Aggregates over unlike sets of games cannot be compared: only methods that know all of ours.
-        methods = {"here": ours} | published
-        methods = {name: [theirs[game] for game in ours] for name, theirs in methods.items()
+        everyone = {"here": ours} | published
+        methods = {name: [theirs[game] for game in ours] for name, theirs in everyone.items()
                    if ours and theirs.keys() >= ours.keys()}
-        ends = bootstrap(methods["here"]) if ours else np.array([np.nan])
+        ends = bootstrap(list(ours.values()))
         summaries.append({
             "group": group, "games": rows,
             "commits": sorted({name for runs in games.values() for run in runs for name in run["commits"]}),
@@ -338,8 +335,8 @@ def print_table(summary):
         return "-" if number is None else f"{number:.{digits}f}"
 
     games, published = summary["games"], read_published()
-    others = {"random": {game: [low] for game, (low, _) in REFERENCE.items()},
-              "human": {game: [high] for game, (_, high) in REFERENCE.items()}} | published
+    others = {name: {game: [pair[i]] for game, pair in REFERENCE.items()}
+              for i, name in enumerate(("random", "human"))} | published
     print(f"### {summary['group']}\n\nCommits: {', '.join(summary['commits'])}.\n")
     print_rows(["game", "runs", "score", "seeds' s.d.", "episodes' s.e.", "normalised",
                 *(name + "*" for name in others)],
@@ -347,9 +344,8 @@ def print_table(summary):
                   cell(row["episodes_se"]), cell(row["human_normalised"], 3),
                   *(cell(*known.get(game, [None])) for known in others.values())]
                  for game, row in games.items()])
-    print("* published by others, not run here; " + (
-        "sources in results/published.csv." if published else
-        "of other methods nothing is known without results/published.csv."))
+    print("* published by others, not run here; " + ("sources in results/published.csv." if published else
+          "of other methods nothing is known without results/published.csv."))
     for game in games.keys() - REFERENCE.keys():
         measured = games[game]["random_measured"]
         print(f"{game} is not of Atari 100k and in no aggregate"
@@ -357,8 +353,8 @@ def print_table(summary):
     if summary["aggregates"]:
         few = "" if summary["interval"] else "; intervals need several runs a game"
         print(f"Aggregates of human-normalised scores over {len(games.keys() & REFERENCE.keys())} of the"
-              f" {len(REFERENCE)} games{few}."
-              "\nOf published methods only means are known: their IQM and gap are of games, not of runs.\n")
+              f" {len(REFERENCE)} games{few}.\nOf published methods only means are known: their IQM and gap"
+              " are of games, not of runs.\n")
         rows = [[name, *(cell(value, 3) for value in values.values())]
                 for name, values in summary["aggregates"].items()]
         ends = [f"{low:.3f} to {high:.3f}" for low, high in (summary["interval"] or {}).values()]

@@ -2610,7 +2610,7 @@ def test_own_games_are_evaluated_and_filmed(own_games, tmp_path, monkeypatch, ca
     for game, says in (("Undrawn-v0", "no render_mode rgb_array"),
                        ("Undrawable-v0", "pygame is not installed")):
         untrained_run(tmp_path / game, game)
-        with pytest.raises(train.UsageError, match=f"no film: .*{says}"):
+        with pytest.raises(train.UsageError, match=f"no film .*{says}"):
             evaluate.main([str(tmp_path / game), "--video", str(tmp_path / "b.gif"), "--episodes", "2"])
 
 
