@@ -1,4 +1,4 @@
-"""Score a trained agent, watch it, and set many beside each other: `python evaluate.py runs/pong-0`.
+"""Score a trained agent, watch it, and set many beside each other.
 
 In this file: loading a run; a film of what the agent sees, imagines and wants; scores of many runs by the
 conventions of Atari 100k, beside published ones. Read train.py before. What a single question needs, such as
@@ -6,6 +6,15 @@ learning curves, a picture of S5's eigenvalues, or how often subgoals are reache
 results/, built on the functions here.
 
 Symbols as in world_model.py and hierarchy.py: z, h, g (subgoal code), g_h (the same in h-space), k = 4.
+
+examples:
+  python evaluate.py runs/pong-0                          play 100 episodes, write the score beside training's
+  python evaluate.py runs/pong-0 --episodes 20 --json -   JSON on the standard output, for scripts
+  python evaluate.py runs/pong-0 --video film.gif         what it sees, imagines and wants
+  python evaluate.py --table runs/*/evaluation.json       all runs beside published scores
+  python evaluate.py --table --json - runs/*/evaluation.json | jq '.[0].aggregates.here.IQM'
+
+exit codes: 0 done; 2 the command or a file is wrong, one line on the standard error says what; 130 Ctrl+C
 """
 
 import argparse
@@ -366,17 +375,6 @@ def print_table(summary):
 # The command line
 # ------------------------------------------------------------------------------------------------------------
 
-EXAMPLES = """examples:
-  python evaluate.py runs/pong-0                          play 100 episodes, write the score beside training's
-  python evaluate.py runs/pong-0 --episodes 20 --json -   JSON on the standard output, for scripts
-  python evaluate.py runs/pong-0 --video film.gif         what it sees, imagines and wants
-  python evaluate.py --table runs/*/evaluation.json       all runs beside published scores
-  python evaluate.py --table --json - runs/*/evaluation.json | jq '.[0].aggregates.here.IQM'
-
-exit codes: 0 done; 2 the command or a file is wrong, one line on the standard error says what; 130 Ctrl+C
-"""
-
-
 def writable(path, suffix):
     """The name of a file to write. Raises UsageError, before any work is done, where it cannot be written."""
     if Path(path).suffix != suffix:  # above all, no typing error may overwrite a checkpoint
@@ -391,8 +389,7 @@ def writable(path, suffix):
 def parse(argv):
     """The arguments of the command line. Raises UsageError, before any work is done, for what cannot
     succeed."""
-    parser = Parser(description="Score a trained agent, watch it, and set it beside others.", epilog=EXAMPLES,
-                    formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    parser = Parser(__doc__)
     parser.add_argument("paths", nargs="*", metavar="RUN|RESULT.json",
                         help="the directory of a run, or the result files of many runs")
     parser.add_argument("--json", metavar="FILE",

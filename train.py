@@ -1,8 +1,22 @@
-"""Train Hieros on a game: `python train.py --game pong`, or `--game CartPole-v1`.
+"""Train Hieros on a game, then play it for a score.
 
 In this file: every setting (Config), the game as the agent sees it (Atari, Registered), the run with its
 checkpoints (Run) and its log (Log), the loop (train), the score of a trained agent (play, evaluation). Read
-hierarchy.py and replay.py first.
+hierarchy.py and replay.py first. Two things besides learning take most of the lines: a run may be killed at
+any moment and goes on as if it had not been, and whatever a user can mend is said in one line.
+
+examples:
+  python train.py --game pong                            writes runs/pong-0
+  python train.py --game breakout --levels 1 --seed 3    the flat agent, in runs/breakout-3
+  python train.py --game CartPole-v1                     a few minutes
+  python train.py --logdir runs/pong-0 --resume          goes on where it was stopped or killed
+  python train.py --preset debug --logdir runs/try       does it work at all? in under a minute
+
+presets: paper, for Atari on a GPU; cpu, an hour on two cores; vector, for observations that are no images,
+minutes; debug, under a minute; auto, one of the first three by game and device
+
+exit codes: 0 done; 1 a loss was not finite; 2 the command, a file or your environment is wrong, one line on
+the standard error says what; 130 or 143 stopped by Ctrl+C or SIGTERM, and saved
 """
 
 import argparse
@@ -160,32 +174,21 @@ def one_line(anything):
 
 
 class Parser(argparse.ArgumentParser):
-    """An ArgumentParser that raises its errors, so that all errors end in one place (`program`)."""
+    """The parser of a program whose docstring says what it does, then, from "examples:" on, how to call it. It
+    raises its errors, so that all errors end in one place (`program`)."""
+
+    def __init__(self, doc, **options):
+        text, _, examples = doc.partition("examples:")
+        super().__init__(description=text.split("\n\n")[0], epilog="examples:" + examples, allow_abbrev=False,
+                         formatter_class=argparse.RawDescriptionHelpFormatter, **options)
 
     def error(self, message):
         raise UsageError(f"{message}; --help names every flag")
 
 
-EXAMPLES = """presets: paper, for Atari on a GPU; cpu, an hour on two cores; vector, for observations that are
-no images, minutes; debug, under a minute; auto, the first three by game and device
-
-examples:
-  python train.py --game pong                            writes runs/pong-0
-  python train.py --game breakout --levels 1 --seed 3    the flat agent, in runs/breakout-3
-  python train.py --game CartPole-v1                     a few minutes
-  python train.py --logdir runs/pong-0 --resume          goes on where it was stopped or killed
-  python train.py --preset debug --logdir runs/try       does it work at all? in under a minute
-
-exit codes: 0 done; 1 a loss was not finite; 2 the command, a file or your environment is wrong, one line on
-the standard error says what; 130 or 143 stopped by Ctrl+C or SIGTERM, and saved
-"""
-
-
 def parse_config(argv):
     """({explicitly given name: value}, resume) of a command line. UsageError; only --help exits."""
-    parser = Parser(description="Train Hieros on a game, then play it for a score.", epilog=EXAMPLES,
-                    usage="train.py [--game str] [--seed int] [any setting below] [--resume]",
-                    formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    parser = Parser(__doc__, usage="train.py [--game str] [--seed int] [any setting below] [--resume]")
     # Each setting is explained once, by its comment above, which is its help text, too.
     helps = dict(re.findall(r"^    (\w+): .*  # (.*)", Path(__file__).read_text("utf-8"), re.MULTILINE))
     for field in dataclasses.fields(Config):
