@@ -174,8 +174,8 @@ def one_line(anything):
 
 
 class Parser(argparse.ArgumentParser):
-    """The parser of a program whose docstring says what it does, then, from "examples:" on, how to call it. It
-    raises its errors, so that all errors end in one place (`program`)."""
+    """The parser of a program whose docstring says what it does and, from "examples:" on, how to call it. Its
+    errors are raised, so that all errors end in one place (`program`)."""
 
     def __init__(self, doc, **options):
         text, _, examples = doc.partition("examples:")
@@ -394,17 +394,18 @@ class Registered(gymnasium.Wrapper):
             super().__init__(gymnasium.make(id, max_episode_steps=self.max_steps, disable_env_checker=True,
                                             **options))
         seen, actions = self.env.observation_space, self.env.action_space
-        axes = len(seen.shape or ())
-        image = isinstance(seen, Box) and seen.dtype == np.uint8 and (
-            axes == 2 or axes == 3 and seen.shape[2] in (1, 3))
-        if not (image or isinstance(seen, Discrete) or isinstance(seen, Box) and axes == 1):
-            wrapper = "TransformObservation" if axes == 3 else "FlattenObservation"
+        shape = seen.shape or ()  # a Dict has None
+        if isinstance(seen, Discrete) or isinstance(seen, Box) and len(shape) == 1:
+            self.observation_space = Box(-np.inf, np.inf, (flatdim(seen),), np.float32)
+        elif isinstance(seen, Box) and seen.dtype == np.uint8 and shape[2:] in ((), (1,), (3,)):
+            self.observation_space = IMAGE
+        else:
+            wrapper = "TransformObservation" if len(shape) == 3 else "FlattenObservation"
             raise UsageError(f"{game} has the observations {one_line(seen)}; supported: Box of one"
                              f" axis, images of uint8, Discrete; gymnasium.wrappers.{wrapper} converts them")
         if not isinstance(actions, Discrete) or actions.n > 256:  # the replay stores them as bytes
             raise UsageError(f"{game} has the actions {one_line(actions)}; supported: Discrete, up to 256;"
                              " gymnasium.wrappers.TransformAction with a table of actions converts them")
-        self.observation_space = IMAGE if image else Box(-np.inf, np.inf, (flatdim(seen),), np.float32)
         self.action_space = Discrete(int(actions.n))
 
     def _ask(self, method, *arguments, **options):
@@ -447,8 +448,9 @@ class Registered(gymnasium.Wrapper):
 # ------------------------------------------------------------------------------------------------------------
 
 def make_agent(config, env):
-    """The agent of a Config for an environment's spaces, on the Config's device. Says beside, for the whole
-    process, whether a GPU may shorten float32 to TF32 in matrix products."""
+    """The agent of a Config for an environment's spaces, on the Config's device."""
+    # Said for the whole process: may a GPU shorten float32 to TF32, 10 bits of mantissa, in matrix products?
+    # The recurrence of S5, in which errors would add up, is no such product: it keeps all of its bits.
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = config.precision == "tf32"
     model = {name: getattr(config, name) for name in (
         "stoch", "classes", "hidden", "state_size", "s5_layers", "units", "mlp_layers", "depth",
@@ -469,6 +471,9 @@ def autocast(config):
                           cache_enabled=False)
 
 
+# A checkpoint may come from a stranger or be edited by hand: it must neither execute anything nor end in a
+# traceback. torch's safe loading knows tensors, numbers, texts, dicts and lists, so it is made of these.
+
 def tree_map(change, tree):
     """change(node) of every node of nested dicts and lists, the inner ones first."""
     if isinstance(tree, dict):
@@ -479,7 +484,7 @@ def tree_map(change, tree):
 
 
 def pack(node):
-    """A NumPy array as {"numpy": tensor}: torch.load with weights_only takes tensors, but no arrays."""
+    """A NumPy array as {"numpy": tensor}; anything else as it is."""
     return {"numpy": torch.tensor(node)} if isinstance(node, np.ndarray) else node
 
 
@@ -489,7 +494,7 @@ def unpack(node):
 
 
 def load_checkpoint(path, device):
-    """The dictionary that Run.save wrote. weights_only: a stranger's checkpoint cannot execute anything."""
+    """The dictionary that Run.save wrote."""
     with zipfile.ZipFile(path) as file:
         if file.testzip():  # torch.load would not look, and go on with other weights
             raise ValueError("a checksum is wrong")
@@ -509,14 +514,15 @@ def history(checkpoint):
 
 @contextlib.contextmanager
 def trusting(path):
-    """Turns what a missing, damaged, foreign or hand-edited checkpoint breaks in this block into one line."""
+    """Turns what a missing, damaged, foreign or hand-edited checkpoint breaks in this block into one line. It
+    is loaded part by part, so there is no telling which part fails, nor with what error."""
     try:
         yield
     except UsageError as error:
         raise UsageError(f"{path}: {error}") from error
     except FileNotFoundError:
         raise UsageError(f"{path} does not exist: this is no directory of a run, or it has no checkpoint yet")
-    except Exception as error:  # a file that others wrote may break anything
+    except Exception as error:
         reason = one_line(error).split(". ")[0]  # torch goes on with dangerous advice
         raise UsageError(f"{path} is damaged or not a checkpoint of this program: {type(error).__name__},"
                          f" {reason}") from error
@@ -524,8 +530,9 @@ def trusting(path):
 
 @contextlib.contextmanager
 def alone_in(directory):
-    """Keeps every other process out of the directory of a run. The lock is the system's: it goes with this
-    process, however that ends, so a killed one does not block the next."""
+    """Keeps every other process out of the directory of a run: on a cluster a job is started again while the
+    old one still lives, and two would write one log. The lock is the system's: it goes with this process,
+    however that ends, so a killed one does not block the next."""
     with open(directory / "lock", "a") as file:
         try:
             fcntl and fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -542,20 +549,25 @@ def alone_in(directory):
 
 def env_step(observation, reward=0.0, *, is_first=False, is_last=False, is_terminal=False):
     """What an environment gave, as arrays of one environment: the arguments of Hieros.act."""
-    flags = {"is_first": is_first, "is_last": is_last, "is_terminal": is_terminal}
-    return {"observation": observation[None], "reward": np.float32([reward])} | {
-        name: np.array([flag]) for name, flag in flags.items()}
+    return {"observation": observation[None], "reward": np.float32([reward]),
+            "is_first": np.array([is_first]), "is_last": np.array([is_last]),
+            "is_terminal": np.array([is_terminal])}
 
 
 class Run:
-    """Agent, environment, replays and counters of one run, what it does in a step, how it is saved."""
+    """Agent, environment, replays and counters of one run, what it does in a step, how it is saved.
+
+    Whatever the next step depends on is here, random numbers too, so that a resumed run gives the same bits
+    as one that was never stopped. That can be tested; "about as good as" could not.
+    """
 
     def __init__(self, config, env):
         self.config, self.env, self.directory = config, env, Path(config.logdir)
         torch.manual_seed(config.seed)
         self.rng = np.random.default_rng(config.seed)
         self.agent = make_agent(config, env)
-        self.discretised = self.agent.discretise()  # once an update, not once a step
+        self.discretised = self.agent.discretise()  # of the S5 layers: once an update, not once a step
+        # Level i stores k^i times more rarely: with k^i times less room its replay reaches back equally far.
         try:
             self.replays = [Replay(spec, -(-config.replay_size // config.k ** i), config.batch_length,
                                    config.tau, self.rng) for i, spec in enumerate(self.agent.specs)]
@@ -578,7 +590,8 @@ class Run:
         level = self.memory["levels"][0]
         with autocast(self.config):
             self.memory, ticks = self.agent.act(self.memory, **self.now, discretised=self.discretised)
-            # At first it plays at random; where it changes its mind at each step, it may get nowhere.
+            # At first it plays at random; where it changes its mind at each step, it may get nowhere. What is
+            # held must stand in the memory, too: the world model is told it as the last action.
             if self.step < self.config.warmup and self.memory["t"][0] % self.config.warmup_hold:
                 ticks[0]["action"] = self.memory["levels"][0]["action"] = level["action"]
             return self.agent.transitions(ticks)
@@ -591,6 +604,8 @@ class Run:
     def play(self, action):
         """One step of the game."""
         observation, reward, terminated, truncated, _ = self.env.step(action)
+        # A time limit ends the episode, but not the world: only what is terminal has no future worth. (The
+        # published code takes both for death, so an agent that survives learns that it will die.)
         self.now = env_step(observation, reward, is_terminal=terminated, is_last=terminated or truncated)
         self.step, self.score = self.step + 1, self.score + float(reward)
 
@@ -603,7 +618,8 @@ class Run:
         self.now = env_step(self.env.reset()[0], is_first=True)
 
     def learn(self):
-        """One update of every level that is due and has enough to learn from."""
+        """One update of every level that is due and has enough to learn from. Level i is due k^i times more
+        rarely, as it acts: so each level draws what it has stored equally often."""
         c = self.config
         for i, (level, replay) in enumerate(zip(self.agent.levels, self.replays)):
             if self.step >= c.warmup and self.step % (c.train_every * c.k ** i) == 0 and replay.starts:
@@ -615,8 +631,8 @@ class Run:
                 self.updates[i] += 1
 
     def batch(self, i):
-        """A batch from the replay of level i, on the device. A GPU fetches pinned memory without being
-        waited for."""
+        """A batch from the replay of level i, on the device. A GPU fetches pinned memory while the CPU goes
+        on; from other memory each copy would wait until all updates before it are done."""
         batch = self.replays[i].sample(self.config.batch_size)
         batch = {name: torch.from_numpy(array) for name, array in batch.items()}
         if self.config.device.startswith("cuda"):
@@ -633,8 +649,9 @@ class Run:
         self.logged = self.step
 
     def save(self):
-        """Write a checkpoint. The old one stays valid until the new one is complete and takes its name: every
-        file is on the disk by then, and what only the old one needs is deleted after."""
+        """Write a checkpoint, such that a kill at any moment leaves one: first what the new one needs beside
+        it, then itself under another name, then it takes the old one's name, and only then what the old one
+        alone needed is deleted. Each file is on the disk before the next step."""
         if self.step > self.logged:
             self.write_log()  # which raises if a loss is not finite: that must not get into a checkpoint
         for i, replay in enumerate(self.replays):
@@ -674,10 +691,12 @@ class Run:
             self.now, self.score = env_step(observation, is_first=True), 0.0
         self.act()  # on trial: what does not fit is noticed now
         self.memory = checkpoint["memory"]
+        # After all that draws random numbers.
         self.rng.bit_generator.state = checkpoint["rng"]
         torch.set_rng_state(checkpoint["torch_rng"].cpu())
         for i, state in enumerate(checkpoint["cuda_rng"][:torch.cuda.device_count()]):
             torch.cuda.set_rng_state(state.cpu(), i)
+        # Last, since these two delete: what was written after the checkpoint will be written again.
         for i, (replay, total) in enumerate(zip(self.replays, checkpoint["replay_totals"], strict=True)):
             replay.load(self.directory / f"replay-{i}", total)
         self.log.restore(checkpoint["log"])
@@ -759,8 +778,8 @@ def train(run, progress=True):
             transitions = run.act()
             run.remember(transitions)
             if run.now["is_last"][0]:
-                run.restart()  # the last step is remembered; its action has no effect
-                continue
+                run.restart()  # the last step is remembered, for its reward and its end; its action has no
+                continue       # effect, so it is not one of config.steps
             run.play(int(transitions[0]["action"][0]))
             run.learn()
             bar.update()
@@ -926,12 +945,10 @@ def program(main):
 def keep_freed_memory():
     """Ask glibc to keep freed memory for the next tensor. Else every tensor over some hundred kB is mapped
     anew and zeroed page by page, which makes an update on the CPU a third slower."""
-    try:
+    with contextlib.suppress(OSError, AttributeError):  # no glibc
         libc = ctypes.CDLL("libc.so.6")
         libc.mallopt(-4, 0)  # M_MMAP_MAX: map no blocks of their own
         libc.mallopt(-1, 2 ** 31 - 1)  # M_TRIM_THRESHOLD: give back only above 2 GiB
-    except (OSError, AttributeError):  # no glibc
-        pass
 
 
 def resumed(path, given, device):
