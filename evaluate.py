@@ -389,7 +389,7 @@ def writable(path, suffix):
 def parse(argv):
     """The arguments of the command line. Raises UsageError, before any work is done, for what cannot
     succeed."""
-    parser = Parser(__doc__)
+    parser = Parser(epilog=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     parser.add_argument("paths", nargs="*", metavar="RUN|RESULT.json",
                         help="the directory of a run, or the result files of many runs")
     parser.add_argument("--json", metavar="FILE",

@@ -174,13 +174,7 @@ def one_line(anything):
 
 
 class Parser(argparse.ArgumentParser):
-    """The parser of a program whose docstring says what it does and, from "examples:" on, how to call it. Its
-    errors are raised, so that all errors end in one place (`program`)."""
-
-    def __init__(self, doc, **options):
-        text, _, examples = doc.partition("examples:")
-        super().__init__(description=text.split("\n\n")[0], epilog="examples:" + examples, allow_abbrev=False,
-                         formatter_class=argparse.RawDescriptionHelpFormatter, **options)
+    """An ArgumentParser that raises its errors, so that all errors end in one place (`program`)."""
 
     def error(self, message):
         raise UsageError(f"{message}; --help names every flag")
@@ -188,7 +182,8 @@ class Parser(argparse.ArgumentParser):
 
 def parse_config(argv):
     """({explicitly given name: value}, resume) of a command line. UsageError; only --help exits."""
-    parser = Parser(__doc__, usage="train.py [--game str] [--seed int] [any setting below] [--resume]")
+    parser = Parser(usage="train.py [--game GAME] [--seed SEED] [any setting below] [--resume]", epilog=__doc__,
+                    formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     # Each setting is explained once, by its comment above, which is its help text, too.
     helps = dict(re.findall(r"^    (\w+): .*  # (.*)", Path(__file__).read_text("utf-8"), re.MULTILINE))
     for field in dataclasses.fields(Config):
@@ -196,9 +191,8 @@ def parse_config(argv):
         if len(set(values.values())) == 1:
             values = {"default": field.default}
         defaults = ", ".join(f"{name} {value}" for name, value in values.items() if value != "")
-        choices = field.metadata["choices"]
-        parser.add_argument("--" + field.name, default=argparse.SUPPRESS, type=field.type, choices=choices,
-                            metavar="|".join(map(str, choices)) if choices else field.type.__name__,
+        parser.add_argument("--" + field.name, default=argparse.SUPPRESS, type=field.type,
+                            choices=field.metadata["choices"],
                             help=helps[field.name] + f" ({defaults})" * bool(defaults))
     parser.add_argument("--resume", action="store_true", help="continue from the last checkpoint in --logdir;"
                         " where there is none yet, begin: a job that is started again may always say it")
@@ -259,9 +253,8 @@ def atari_games():
     """{name: environment id} of every game that ale_py brings: {"ms_pacman": "ALE/MsPacman-v5", ...}."""
     gymnasium.register_envs(ale_py)
     ale_py.ALEInterface.setLoggerMode(ale_py.LoggerMode.Error)  # no banner
-    ids = [id for id, spec in gymnasium.registry.items() if spec.namespace == "ALE" and spec.version == 5]
-    return {"".join("_" * (i > 0 and c.isupper()) + c.lower() for i, c in enumerate(id[4:-3])): id
-            for id in ids}
+    return {re.sub(r"\B([A-Z])", r"_\1", id[4:-3]).lower(): id for id, spec in gymnasium.registry.items()
+            if spec.namespace == "ALE" and spec.version == 5}
 
 
 def game_name(game):
@@ -325,6 +318,7 @@ class Atari(gymnasium.Env):
     """
 
     REPEAT, NOOPS, MAX_FRAMES = 4, 30, 108_000
+    PROTOCOL = f"action repeat {REPEAT}, up to {NOOPS} no-ops, no sticky actions, at most {MAX_FRAMES} frames"
 
     def __init__(self, game):
         with blaming(f"{game} cannot be made"):
@@ -728,8 +722,7 @@ class Log:
             wrong = [name for name, mean in means.items() if not math.isfinite(mean)]
             if wrong:
                 raise FloatingPointError(f"up to step {step}, level {level}: not finite: {', '.join(wrong)};"
-                                         f" the last checkpoint in {self.path.parent} was saved before,"
-                                         " --resume repeats what led here")
+                                         f" the last checkpoint in {self.path.parent} is from before")
             self.write({"step": step, "level": level} | means)
         self.sums = {}
 
@@ -868,10 +861,7 @@ def evaluation(config, agent, past, episodes, seed):
     everything, usual = dataclasses.asdict(config), dataclasses.asdict(Config()) | PRESETS[config.preset]
     settings = {name: value for name, value in everything.items() if value != usual[name]
                 and name not in RESUMABLE | {"game", "preset", "seed", "levels"}}
-    protocol = f"{episodes} episodes, sampled actions"
-    if atari:
-        protocol += (f", action repeat {Atari.REPEAT}, up to {Atari.NOOPS} no-ops, no sticky actions, at most"
-                     f" {Atari.MAX_FRAMES} frames")
+    protocol = f"{episodes} episodes, sampled actions" + (", " + Atari.PROTOCOL if atari else "")
     return {"game": config.game, "levels": config.levels, "seed": config.seed, "preset": config.preset,
             "settings": settings, "agent_steps": past["step"], "hours": round(past["seconds"] / 3600, 3),
             **score, "median": float(np.median(returns)), "random": random, "human": human,
