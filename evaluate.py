@@ -33,7 +33,7 @@ import torch
 from hierarchy import onehot
 from train import (PRESETS, REFERENCE, RESUMABLE, Config, Parser, UsageError, autocast, blaming, env_step,
                    evaluation, history, keep_freed_memory, load_checkpoint, make_agent, make_config, make_env,
-                   program, report, statistics, trusting, write_json)
+                   program, report, statistics, write_json)
 from world_model import symexp
 
 
@@ -48,7 +48,7 @@ def load_run(directory, device):
     settings pass the same checks as those of the command line. Raises UsageError if it does not fit.
     """
     path = Path(directory) / "checkpoint.pt"
-    with trusting(path):
+    with blaming(f"{path} cannot be used"):
         checkpoint = load_checkpoint(path, "cpu")
         config = make_config(checkpoint["config"] | {"device": device, "logdir": str(directory)})
         agent = make_agent(config, make_env(config.game))

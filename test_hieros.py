@@ -1684,10 +1684,10 @@ def test_every_setting_is_read():
 @pytest.fixture
 def refused(monkeypatch, capfd, tmp_path):
     """A command line, run in tmp_path, that must fail as it should: exit code 2, one line of error without a
-    traceback, nothing written, changed or deleted but a lock. Returns that line."""
+    traceback, nothing written, changed or deleted but a lock and its directory. Returns that line."""
     def files():
-        return {path: path.is_file() and path.stat().st_mtime_ns for path in tmp_path.rglob("*")
-                if path.name != "lock"}
+        return {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")
+                if path.is_file() and path.name != "lock"}
 
     def run(script, *flags):
         before, _ = files(), capfd.readouterr()
@@ -1729,8 +1729,8 @@ def refused(monkeypatch, capfd, tmp_path):
     ("--logdir file/run", ["--logdir file/run", "cannot be used", "Not a directory"]),
     ("--logdir file", ["--logdir file", "cannot be used", "File exists"]),
     ("--logdir /proc/run", ["--logdir /proc/run", "cannot be used"]),
-    ("--logdir full", ["full/checkpoint.pt does not exist, other files do", "another --logdir"]),
-    ("--resume --logdir full", ["full/checkpoint.pt does not exist"]),
+    ("--logdir full", ["full has other files and no checkpoint.pt", "another --logdir"]),
+    ("--resume --logdir full", ["full has other files and no checkpoint.pt"]),
 ])
 def test_bad_input_is_one_clear_line(refused, tmp_path, flags, words):
     """Whatever is wrong on the command line is said in one line, with what would be right."""
@@ -2272,7 +2272,7 @@ def test_a_first_save_that_was_cut_short_is_no_dead_end(registered, refused, tmp
         assert train.main(command) == 0
         assert metrics_of(directory)[0]["step"] == 10
         (directory / "checkpoint.pt").unlink()  # there is a result: more than such remains
-        assert "checkpoint.pt does not exist, other files do" in refused("train.py", *command)
+        assert "has other files and no checkpoint.pt" in refused("train.py", *command)
     assert train.main(["--game", "Tiny-v0", "--resume", "--logdir", str(tmp_path / "new"), *QUICK]) == 0
 
 
@@ -2281,7 +2281,6 @@ def test_a_second_process_in_a_directory_is_refused(registered, refused, tmp_pat
     """By name, before it touches anything; the lock that a killed process leaves behind blocks nobody."""
     pytest.importorskip("fcntl")
     command = ["--game", registered(), "--logdir", str(tmp_path / "run"), *QUICK]
-    (tmp_path / "run").mkdir()
     with train.alone_in(tmp_path / "run"):
         assert "run is in use" in refused("train.py", *command)
         assert "run is in use" in refused("train.py", *command, "--resume")
@@ -2332,7 +2331,7 @@ def test_a_checkpoint_edited_by_hand_is_one_clear_line(saved_run, refused, tmp_p
     path = tmp_path / "run" / "checkpoint.pt"
     torch.save(damage(torch.load(path, weights_only=True)), path)
     line = refused("train.py", "--resume", "--logdir", "run")
-    assert "run/checkpoint.pt is damaged or not a checkpoint" in line and says in line, line
+    assert "run/checkpoint.pt cannot be used: " in line and says in line, line
 
 
 # The score.
@@ -2680,7 +2679,7 @@ def test_a_wrong_replay_is_one_clear_line(saved_run, refused, tmp_path, damage):
     shutil.copytree(saved_run, tmp_path / "run")
     damage(tmp_path / "run" / "replay-0" / "000000000-000000001.npz")
     line = refused(*TRAIN.split())
-    assert "run/checkpoint.pt is damaged" in line and "ValueError, run/replay-0" in line, line
+    assert "run/checkpoint.pt cannot be used: " in line and "ValueError, run/replay-0" in line, line
 
 
 @pytest.mark.parametrize("flags", ["--levels 3", "--game boxing", "--preset cpu", "--seed 1", "--tau 0.0"])
@@ -2693,9 +2692,9 @@ def test_a_resumed_run_keeps_its_settings(saved_run, refused, tmp_path, flags):
 
 @pytest.mark.parametrize("command, says", [
     ("", "name one directory"), ("run run", "name one directory"), ("--episodes 3", "name one directory"),
-    ("nowhere", "nowhere/checkpoint.pt does not exist"), ("a.json", "a.json/checkpoint.pt is damaged"),
-    ("empty", "empty/checkpoint.pt does not exist"),
-    ("empty/checkpoint.pt", "empty/checkpoint.pt does not exist"),
+    ("nowhere", "nowhere/checkpoint.pt cannot be used: FileNotFoundError"), ("a.json", "a.json/checkpoint.pt cannot be used"),
+    ("empty", "empty/checkpoint.pt cannot be used: FileNotFoundError"),
+    ("empty/checkpoint.pt", "empty/checkpoint.pt cannot be used: FileNotFoundError"),
     ("run --vidoe film.gif", "unrecognized arguments: --vidoe"), ("run --video film.mp4", "must end in .gif"),
     ("run --json run/checkpoint.pt", "must end in .json"), ("run --json run.json", "it is a directory"),
     ("run --video nowhere/a.gif", "nowhere/a.gif cannot be written: FileNotFoundError"),
@@ -3228,7 +3227,7 @@ def test_a_gru_in_parallel_is_the_gru_step_by_step(tmp_path, monkeypatch):
     assert gru.main(flags.split()) == 0
     result = json.loads((tmp_path / "run" / "evaluation.json").read_text())
     assert result["change"] == "GRU layers instead of S5's"
-    with pytest.raises(train.UsageError, match="checkpoint.pt is damaged or not"):  # it has no S5 layers
+    with pytest.raises(train.UsageError, match="checkpoint.pt cannot be used"):  # it has no S5 layers
         evaluate.load_run(tmp_path / "run", "cpu")
 
 

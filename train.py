@@ -158,13 +158,16 @@ class UsageError(Exception):
 
 @contextlib.contextmanager
 def blaming(what):
-    """Turns whatever goes wrong in this block, where code runs that others wrote, into one line that begins
-    with `what` and ends with the place: a long traceback through Gymnasium and torch would hide it."""
+    """Turns whatever goes wrong in this block, where code or files of others are used, into one line: `what`,
+    the error, the place. A long traceback through Gymnasium and torch would hide it."""
     try:
         yield
+    except UsageError as error:
+        raise UsageError(f"{what}: {error}") from error
     except Exception as error:
         place = traceback.extract_tb(error.__traceback__)[-1]
-        raise UsageError(f"{what}: {type(error).__name__}, {one_line(error)} ({Path(place.filename).name},"
+        reason = one_line(error).split(". ")[0]  # torch would go on with dangerous advice
+        raise UsageError(f"{what}: {type(error).__name__}, {reason} ({Path(place.filename).name},"
                          f" line {place.lineno})") from error
 
 
@@ -182,7 +185,7 @@ class Parser(argparse.ArgumentParser):
 
 def parse_config(argv):
     """({explicitly given name: value}, resume) of a command line. UsageError; only --help exits."""
-    parser = Parser(usage="train.py [--game GAME] [--seed SEED] [any setting below] [--resume]", epilog=__doc__,
+    parser = Parser(usage="train.py [any setting below] [--resume]", epilog=__doc__,
                     formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     # Each setting is explained once, by its comment above, which is its help text, too.
     helps = dict(re.findall(r"^    (\w+): .*  # (.*)", Path(__file__).read_text("utf-8"), re.MULTILINE))
@@ -507,26 +510,11 @@ def history(checkpoint):
 
 
 @contextlib.contextmanager
-def trusting(path):
-    """Turns what a missing, damaged, foreign or hand-edited checkpoint breaks in this block into one line. It
-    is loaded part by part, so there is no telling which part fails, nor with what error."""
-    try:
-        yield
-    except UsageError as error:
-        raise UsageError(f"{path}: {error}") from error
-    except FileNotFoundError:
-        raise UsageError(f"{path} does not exist: this is no directory of a run, or it has no checkpoint yet")
-    except Exception as error:
-        reason = one_line(error).split(". ")[0]  # torch goes on with dangerous advice
-        raise UsageError(f"{path} is damaged or not a checkpoint of this program: {type(error).__name__},"
-                         f" {reason}") from error
-
-
-@contextlib.contextmanager
 def alone_in(directory):
     """Keeps every other process out of the directory of a run: on a cluster a job is started again while the
     old one still lives, and two would write one log. The lock is the system's: it goes with this process,
     however that ends, so a killed one does not block the next."""
+    directory.mkdir(parents=True, exist_ok=True)
     with open(directory / "lock", "a") as file:
         try:
             fcntl and fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -576,7 +564,7 @@ class Run:
         self.log = Log(self.directory)
         self.seconds, self.logged = 0.0, 0  # wall time of training and step, at the last line of the log
         self.began = time.perf_counter()
-        self.directory.mkdir(parents=True, exist_ok=True)  # last: what fails leaves nothing behind
+        self.directory.mkdir(parents=True, exist_ok=True)
 
     def act(self):
         """Every level that is due updates its state and chooses. Returns, from level 0 upwards, what each of
@@ -942,8 +930,8 @@ def keep_freed_memory():
 
 
 def resumed(path, given, device):
-    """(Run of a checkpoint, with what the command line may change; whether within the same episode)."""
-    with trusting(path):
+    """(Run of a checkpoint, with what the command line may change; what to tell the user of it)."""
+    with blaming(f"{path} cannot be used"):
         checkpoint = load_checkpoint(path, device)
         stored = checkpoint["config"]
         config = make_config(stored | given | {"logdir": str(path.parent), "device": device})
@@ -951,7 +939,8 @@ def resumed(path, given, device):
             if name not in RESUMABLE and value != stored.get(name, value):
                 raise UsageError(f"--{name} {value} contradicts the run, which has {stored[name]}")
         run = Run(config, make_env(config.game))
-        return run, run.restore(checkpoint)
+        lost = "" if run.restore(checkpoint) else ", in a new episode, its own is lost"
+        return run, f", resumed at step {run.step}{lost}"
 
 
 def main(argv):
@@ -959,27 +948,23 @@ def main(argv):
     keep_freed_memory()
     given, resume = parse_config(argv)
     place = make_config({name: given[name] for name in given.keys() & {"game", "seed", "logdir", "device"}})
-    directory, checkpoint, note = Path(place.logdir), Path(place.logdir) / "checkpoint.pt", ""
+    directory, checkpoint = Path(place.logdir), Path(place.logdir) / "checkpoint.pt"
     again = f"python train.py --logdir {shlex.quote(place.logdir)} --resume"
     try:
-        new = not checkpoint.exists()
-        # A first save that was killed or met a full disk leaves empty files, and the one that it was writing.
-        if new and any(path.is_file() and path.stat().st_size and path.name != "writing.tmp"
-                       for path in directory.rglob("*")):
-            raise UsageError(f"{checkpoint} does not exist, other files do: choose another --logdir")
-        if not new and not resume:
-            raise UsageError(f"{directory} already exists: add --resume to go on, or choose another --logdir")
-        if new:  # what is wrong with a setting is said before anything is written
-            run = Run(make_config(given), make_env(place.game))
+        config = None if checkpoint.exists() else make_config(given)  # wrong settings leave no directory
         with alone_in(directory):
-            if new and checkpoint.exists():
-                raise UsageError(f"--logdir {directory} is in use: another process has begun there")
-            if new:
-                run.save()  # from now on there is something to resume
-            else:
-                run, same = resumed(checkpoint, given, place.device)
-                note = f", resumed at step {run.step}" + ", in a new episode, its own is lost" * (not same)
-            return finish(run, note, again)
+            if config is None:
+                if not resume:
+                    raise UsageError(f"{directory} already exists: add --resume to go on, or choose another"
+                                     " --logdir")
+                return finish(*resumed(checkpoint, given, place.device), again)
+            # A first save that was killed, or met a full disk, leaves empty files and the one it was writing.
+            if any(path.is_file() and path.stat().st_size and path.name != "writing.tmp"
+                   for path in directory.rglob("*")):
+                raise UsageError(f"{directory} has other files and no checkpoint.pt: choose another --logdir")
+            run = Run(config, make_env(config.game))
+            run.save()  # from now on there is something to resume
+            return finish(run, "", again)
     except OSError as error:
         note = f"; its last checkpoint is intact: make room, then {again}" * os.path.exists(checkpoint)
         raise UsageError(f"--logdir {directory} cannot be used: {error.strerror or error}{note}")
