@@ -155,6 +155,9 @@ RESUMABLE = {"steps", "logdir", "device", "log_every", "save_every", "eval_episo
 class UsageError(Exception):
     """The user can mend this: one line that says what is wrong and what would be right; exit code 2."""
 
+    def __init__(self, message):
+        super().__init__(" ".join(line.strip() for line in message.splitlines()))
+
 
 @contextlib.contextmanager
 def blaming(what):
@@ -166,14 +169,9 @@ def blaming(what):
         raise UsageError(f"{what}: {error}") from error
     except Exception as error:
         place = traceback.extract_tb(error.__traceback__)[-1]
-        reason = one_line(error).split(". ")[0]  # torch would go on with dangerous advice
+        reason = str(error).split(". ")[0][:300]  # torch would go on with dangerous advice
         raise UsageError(f"{what}: {type(error).__name__}, {reason} ({Path(place.filename).name},"
                          f" line {place.lineno})") from error
-
-
-def one_line(anything):
-    """As a text that is not too long for a message."""
-    return " ".join(str(anything).split())[:300]
 
 
 class Parser(argparse.ArgumentParser):
@@ -221,8 +219,6 @@ def make_config(given):
         if (low is not None and not low <= value < math.inf) or (high is not None and not value <= high):
             raise UsageError(f"--{field.name} {value} is out of range: "
                              + (f"at least {low}" if high is None else f"{low} to {high}"))
-    if config.state_size % 8:
-        raise UsageError(f"--state_size {config.state_size} must be a multiple of 8 (4 blocks of pairs)")
     if config.steps < config.warmup:
         raise UsageError(f"--steps {config.steps} ends before the first update, at --warmup {config.warmup}")
     if not re.fullmatch(r"cpu|cuda(:\d+)?", config.device):
@@ -398,10 +394,10 @@ class Registered(gymnasium.Wrapper):
             self.observation_space = IMAGE
         else:
             wrapper = "TransformObservation" if len(shape) == 3 else "FlattenObservation"
-            raise UsageError(f"{game} has the observations {one_line(seen)}; supported: Box of one"
+            raise UsageError(f"{game} has the observations {seen}; supported: Box of one"
                              f" axis, images of uint8, Discrete; gymnasium.wrappers.{wrapper} converts them")
         if not isinstance(actions, Discrete) or actions.n > 256:  # the replay stores them as bytes
-            raise UsageError(f"{game} has the actions {one_line(actions)}; supported: Discrete, up to 256;"
+            raise UsageError(f"{game} has the actions {actions}; supported: Discrete, up to 256;"
                              " gymnasium.wrappers.TransformAction with a table of actions converts them")
         self.action_space = Discrete(int(actions.n))
 
@@ -547,14 +543,13 @@ class Run:
         self.config, self.env, self.directory = config, env, Path(config.logdir)
         torch.manual_seed(config.seed)
         self.rng = np.random.default_rng(config.seed)
-        self.agent = make_agent(config, env)
+        with blaming("the networks cannot be made"):
+            self.agent = make_agent(config, env)
         self.discretised = self.agent.discretise()  # of the S5 layers: once an update, not once a step
         # Level i stores k^i times more rarely: with k^i times less room its replay reaches back equally far.
-        try:
+        with blaming(f"--replay_size {config.replay_size}"):  # too little for a sequence, too much for memory
             self.replays = [Replay(spec, -(-config.replay_size // config.k ** i), config.batch_length,
                                    config.tau, self.rng) for i, spec in enumerate(self.agent.specs)]
-        except (ValueError, MemoryError) as error:  # too little for one sequence, too much for this machine
-            raise UsageError(f"--replay_size {config.replay_size}: {error}")
         self.memory = self.agent.initial_memory(1)
         self.now = env_step(env.reset(seed=config.seed)[0], is_first=True)
         self.step, self.score = 0, 0.0  # agent steps so far, return of this episode so far
