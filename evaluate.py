@@ -390,21 +390,19 @@ def parse(argv):
     """The arguments of the command line. Raises UsageError, before any work is done, for what cannot
     succeed."""
     parser = Parser(epilog=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
-    parser.add_argument("paths", nargs="*", metavar="RUN|RESULT.json",
-                        help="the directory of a run, or the result files of many runs")
-    parser.add_argument("--json", metavar="FILE",
-                        type=lambda path: path if path == "-" else writable(path, ".json"),
-                        help="where score or table go as JSON; - prints it and nothing else. By default a"
-                        " score goes to RUN/evaluation-stepSTEP-seedSEED-EPISODES.json")
-    add = parser.add_argument_group("one run").add_argument
+    add = parser.add_argument
+    add("paths", nargs="*", metavar="RUN|RESULT.json",
+        help="the directory of a run, or the result files of many runs")
+    add("--json", metavar="FILE", type=lambda path: path if path == "-" else writable(path, ".json"),
+        help="where score or table go as JSON; - prints it and nothing else. By default a score goes to"
+        " RUN/evaluation-stepSTEP-seedSEED-EPISODES.json")
     add("--episodes", type=int, metavar="N", help="play N episodes and score them (default: 100; with --video"
         " none, unless asked for by this flag or --json)")
     add("--video", type=lambda path: writable(path, ".gif"), metavar="FILE.gif",
         help="film: the game, its reconstruction, a dream, the subgoals and their novelty")
     add("--seed", type=int, default=0, metavar="N", help="seed of what is played here (default: 0)")
     add("--device", default="auto", metavar="NAME", help="auto, cpu, cuda, cuda:1, ... (default: auto)")
-    add = parser.add_argument_group("many runs").add_argument
-    add("--table", action="store_true", help="scores and aggregates beside published ones, as Markdown")
+    add("--table", action="store_true", help="scores and aggregates of many runs, beside published ones")
     args = parser.parse_intermixed_args(argv)
 
     if args.table and (args.video or args.episodes is not None):

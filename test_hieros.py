@@ -2125,7 +2125,8 @@ def test_vectors_of_all_kinds_reach_the_agent(registered, space, answer, seen):
 def test_images_of_any_size_reach_the_agent(registered, shape):
     """As 64x64 colours, averaged by the code that Atari uses: brightness stays where it is."""
     image = np.zeros(shape, np.uint8)
-    image[:shape[0] // 2] = 200
+    image[shape[0] // 2:] = 200
+    image = image[::-1]  # as renderers give it, whose first row is the lowest
     env = train.make_env(registered(observations=gymnasium.spaces.Box(0, 255, shape, np.uint8), answer=image))
     for observation in (env.reset(seed=0)[0], env.step(1)[0]):
         assert observation.shape == (64, 64, 3) and observation.dtype == np.uint8

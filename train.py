@@ -299,7 +299,7 @@ def shrink(image):
     """
     height, width = image.shape[:2]
     with torch.autocast("cpu", enabled=False):
-        pixels = torch.tensor(image, dtype=torch.float32).view(height, -1)
+        pixels = torch.from_numpy(np.ascontiguousarray(image, np.float32)).view(height, -1)
         narrow = (area_weights(height, 64) @ pixels).view(64, width, -1)
         return (area_weights(width, 64) @ narrow).round().byte().expand(64, 64, 3).numpy()
 
@@ -910,8 +910,8 @@ def program(main):
         sys.exit(2)
     except FloatingPointError as error:
         sys.exit(f"{name}: {error}")  # which is exit code 1
-    except KeyboardInterrupt:  # before training, or in an evaluation: what there was to save is saved
-        print(f"{name}: interrupted", file=sys.stderr)
+    except KeyboardInterrupt:  # while it trains, Ctrl+C saves first (noting_signals)
+        print(f"{name}: interrupted; what was saved before stays", file=sys.stderr)
         sys.exit(130)
 
 
@@ -946,7 +946,9 @@ def main(argv):
     directory, checkpoint = Path(place.logdir), Path(place.logdir) / "checkpoint.pt"
     again = f"python train.py --logdir {shlex.quote(place.logdir)} --resume"
     try:
-        config = None if checkpoint.exists() else make_config(given)  # wrong settings leave no directory
+        # Before the lock, so that a wrong setting leaves no directory behind; all else after it, since two
+        # processes may begin at the same time.
+        config = None if checkpoint.exists() else make_config(given)
         with alone_in(directory):
             if config is None:
                 if not resume:
