@@ -1850,7 +1850,7 @@ def test_all_that_a_checkpoint_needs_is_on_the_disk_when_it_takes_its_name(tmp_p
     monkeypatch.setattr(os, "fsync", fsync)
     run = train.Run(catch_config(tmp_path), Catch())
     run.remember(run.act())
-    run.log.write({"a line": 1})
+    run.log({"a line": 1})
     run.save()
     files = [path.stat() for path in tmp_path.rglob("*") if path.suffix in (".pt", ".npz", ".jsonl")]
     assert len(files) == 4 and all(synced[file.st_ino] == file.st_size for file in files)

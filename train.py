@@ -1,9 +1,9 @@
 """Train Hieros on a game, then play it for a score.
 
-In this file: every setting (Config), the game as the agent sees it (Atari, Registered), the run with its
-checkpoints (Run) and its log (Log), the loop (train), the score of a trained agent (play, evaluation). Read
-hierarchy.py and replay.py first. Two things besides learning take most of the lines: a run may be killed at
-any moment and goes on as if it had not been, and whatever a user can mend is said in one line.
+In this file: every setting (Config), the game as the agent sees it (Atari, Registered), the run with its log
+and checkpoints (Run), the loop (train), the score of a trained agent (play, evaluation). Read hierarchy.py
+and replay.py first. Two things besides learning take most of the lines: a run may be killed at any moment and
+goes on as if it had not been, and whatever a user can mend is said in one line.
 
 examples:
   python train.py --game pong                            writes runs/pong-0
@@ -556,7 +556,7 @@ class Run:
         self.curve = []  # [agent step, return] of every finished episode
         self.updates = [0] * config.levels
         self.commits = [origin()["commit"] + "+" * bool(origin()["dirty"])]  # of all code that has trained it
-        self.log = Log(self.directory)
+        self.sums = {}  # {level: (names of its metrics, their sums, number of updates)} since the last line
         self.seconds, self.logged = 0.0, 0  # wall time of training and step, at the last line of the log
         self.began = time.perf_counter()
         self.directory.mkdir(parents=True, exist_ok=True)
@@ -588,8 +588,7 @@ class Run:
 
     def restart(self):
         """The next episode."""
-        self.log.write({"step": self.step, "episode/score": self.score,
-                        "episode/length": int(self.memory["t"][0])})
+        self.log({"episode/score": self.score, "episode/length": int(self.memory["t"][0])})
         self.curve.append([self.step, self.score])
         self.score = 0.0
         self.now = env_step(self.env.reset()[0], is_first=True)
@@ -602,7 +601,11 @@ class Run:
             if self.step >= c.warmup and self.step % (c.train_every * c.k ** i) == 0 and replay.starts:
                 with autocast(c):
                     metrics = level.update(self.batch(i))
-                self.log.add(i, metrics)
+                # Summed on the device and fetched only for a line of the log: to fetch a number from a GPU is
+                # to wait until it has done all that it was told to do before.
+                values = torch.stack([value.float() for value in metrics.values()])
+                _, sums, count = self.sums.get(i, (None, 0, 0))
+                self.sums[i] = list(metrics), sums + values, count + 1
                 with torch.no_grad():
                     self.discretised[i] = level.world_model.sequence.discretise()
                 self.updates[i] += 1
@@ -617,27 +620,41 @@ class Run:
                      for name, tensor in batch.items()}
         return batch
 
-    def write_log(self):
-        """The means over the updates since the last line, and the speed."""
-        self.log.flush(self.step)
+    def log(self, values):
+        """One more line of metrics.jsonl, a JSON object. The names are DreamerV3's where it has one."""
+        with open(self.directory / "metrics.jsonl", "a") as file:
+            file.write(json.dumps({"step": self.step} | values) + "\n")
+
+    def write_means(self):
+        """The mean metrics of each level since the last time, and the speed. Raises FloatingPointError."""
+        for level, (names, sums, count) in self.sums.items():
+            means = {f"train/{name}": mean for name, mean in zip(names, (sums / count).tolist())}
+            wrong = [name for name, mean in means.items() if not math.isfinite(mean)]
+            if wrong:
+                raise FloatingPointError(f"up to step {self.step}, level {level}: not finite: "
+                                         f"{', '.join(wrong)}; the last checkpoint is from before")
+            self.log({"level": level} | means)
         before, self.seconds = self.seconds, time.perf_counter() - self.began
-        self.log.write({"step": self.step, "seconds/total": self.seconds,
-                        "fps/policy": (self.step - self.logged) / (self.seconds - before)})
-        self.logged = self.step
+        self.log({"seconds/total": self.seconds,
+                  "fps/policy": (self.step - self.logged) / (self.seconds - before)})
+        self.sums, self.logged = {}, self.step
 
     def save(self):
         """Write a checkpoint, such that a kill at any moment leaves one: first what the new one needs beside
         it, then itself under another name, then it takes the old one's name, and only then what the old one
         alone needed is deleted. Each file is on the disk before the next step."""
         if self.step > self.logged:
-            self.write_log()  # which raises if a loss is not finite: that must not get into a checkpoint
+            self.write_means()  # which raises if a loss is not finite: that must not get into a checkpoint
         for i, replay in enumerate(self.replays):
             replay.save(self.directory / f"replay-{i}")
+        with open(self.directory / "metrics.jsonl", "a") as file:
+            os.fsync(file.fileno())
+            log = {"bytes": file.tell()}
         checkpoint = {
             "config": dataclasses.asdict(self.config), "weights": self.agent.state_dict(),
             "optimisers": [{name: o.adam.state_dict() for name, o in level.optimisers.items()}
                            for level in self.agent.levels],
-            "env": self.env.get_state(), "log": self.log.state(), "curve": self.curve,
+            "env": self.env.get_state(), "log": log, "curve": self.curve,
             "rng": self.rng.bit_generator.state, "torch_rng": torch.get_rng_state(),
             "cuda_rng": torch.cuda.get_rng_state_all(), "memory": self.memory, "now": self.now,
             "replay_totals": [replay.total for replay in self.replays], "step": self.step,
@@ -673,57 +690,12 @@ class Run:
         torch.set_rng_state(checkpoint["torch_rng"].cpu())
         for i, state in enumerate(checkpoint["cuda_rng"][:torch.cuda.device_count()]):
             torch.cuda.set_rng_state(state.cpu(), i)
-        # Last, since these two delete: what was written after the checkpoint will be written again.
+        # Last, since the rest deletes: what was written after the checkpoint will be written again.
         for i, (replay, total) in enumerate(zip(self.replays, checkpoint["replay_totals"], strict=True)):
             replay.load(self.directory / f"replay-{i}", total)
-        self.log.restore(checkpoint["log"])
+        with open(self.directory / "metrics.jsonl", "a") as file:
+            file.truncate(min(checkpoint["log"]["bytes"], file.tell()))
         return observation is None
-
-
-class Log:
-    """metrics.jsonl, one JSON object a line. Names are DreamerV3's where it has one.
-
-    Metrics of updates are summed on the device and fetched only when a line is written: to fetch a number
-    from a GPU is to wait until it has done all that it was told to do before.
-    """
-
-    def __init__(self, directory):
-        self.path = directory / "metrics.jsonl"
-        self.sums = {}  # {level: (names, sums of their values, number of updates)}
-
-    def add(self, level, metrics):
-        """Sum the metrics {name: scalar tensor} of one update of a level."""
-        values = torch.stack([value.float() for value in metrics.values()])
-        _, total, count = self.sums.get(level, (None, 0, 0))
-        self.sums[level] = list(metrics), total + values, count + 1
-
-    def flush(self, step):
-        """Write the means since the last flush, one line a level. Raises FloatingPointError where one is not
-        finite."""
-        for level, (names, total, count) in self.sums.items():
-            means = {f"train/{name}": mean for name, mean in zip(names, (total / count).tolist())}
-            wrong = [name for name, mean in means.items() if not math.isfinite(mean)]
-            if wrong:
-                raise FloatingPointError(f"up to step {step}, level {level}: not finite: {', '.join(wrong)};"
-                                         f" the last checkpoint in {self.path.parent} is from before")
-            self.write({"step": step, "level": level} | means)
-        self.sums = {}
-
-    def write(self, line):
-        """Append one line {name: value}."""
-        with open(self.path, "a") as file:
-            file.write(json.dumps(line) + "\n")
-
-    def state(self):
-        """What `restore` needs: the length of the file, all of which is on the disk then."""
-        with open(self.path, "a") as file:
-            os.fsync(file.fileno())
-            return {"bytes": file.tell()}
-
-    def restore(self, state):
-        """Cut off the lines written after the checkpoint: the resumed run writes them again."""
-        with open(self.path, "a") as file:
-            file.truncate(min(state["bytes"], file.tell()))
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -760,7 +732,7 @@ def train(run, progress=True):
             run.learn()
             bar.update()
             if run.step % config.log_every == 0:
-                run.write_log()
+                run.write_means()
                 scores = [score for _, score in run.curve[-10:]] or [math.nan]
                 bar.set_postfix(score=scores[-1], mean10=f"{np.mean(scores):.1f}", updates=sum(run.updates),
                                 refresh=False)
