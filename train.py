@@ -556,6 +556,7 @@ class Run:
         self.curve = []  # [agent step, return] of every finished episode
         self.updates = [0] * config.levels
         self.commits = [origin()["commit"] + "+" * bool(origin()["dirty"])]  # of all code that has trained it
+        self.metrics = self.directory / "metrics.jsonl"
         self.sums = {}  # {level: (names of its metrics, their sums, number of updates)} since the last line
         self.seconds, self.logged = 0.0, 0  # wall time of training and step, at the last line of the log
         self.began = time.perf_counter()
@@ -622,7 +623,7 @@ class Run:
 
     def log(self, values):
         """One more line of metrics.jsonl, a JSON object. The names are DreamerV3's where it has one."""
-        with open(self.directory / "metrics.jsonl", "a") as file:
+        with open(self.metrics, "a") as file:
             file.write(json.dumps({"step": self.step} | values) + "\n")
 
     def write_means(self):
@@ -647,7 +648,7 @@ class Run:
             self.write_means()  # which raises if a loss is not finite: that must not get into a checkpoint
         for i, replay in enumerate(self.replays):
             replay.save(self.directory / f"replay-{i}")
-        with open(self.directory / "metrics.jsonl", "a") as file:
+        with open(self.metrics, "a") as file:
             os.fsync(file.fileno())
             log = {"bytes": file.tell()}
         checkpoint = {
@@ -685,7 +686,7 @@ class Run:
             self.now, self.score = env_step(observation, is_first=True), 0.0
         self.act()  # on trial: what does not fit is noticed now
         self.memory = checkpoint["memory"]
-        # After all that draws random numbers.
+        # The random numbers after all that draws some.
         self.rng.bit_generator.state = checkpoint["rng"]
         torch.set_rng_state(checkpoint["torch_rng"].cpu())
         for i, state in enumerate(checkpoint["cuda_rng"][:torch.cuda.device_count()]):
@@ -693,7 +694,7 @@ class Run:
         # Last, since the rest deletes: what was written after the checkpoint will be written again.
         for i, (replay, total) in enumerate(zip(self.replays, checkpoint["replay_totals"], strict=True)):
             replay.load(self.directory / f"replay-{i}", total)
-        with open(self.directory / "metrics.jsonl", "a") as file:
+        with open(self.metrics, "a") as file:
             file.truncate(min(checkpoint["log"]["bytes"], file.tell()))
         return observation is None
 
