@@ -2463,8 +2463,8 @@ def untrained_run(directory, game="breakout", levels=2, seed=0):
 
 
 def write_result(path, given={}, **changes):
-    """A result file as train.evaluation makes it, of a run with the `given` settings, its entries changed; those
-    that are None are left out."""
+    """A result file as train.evaluation makes it, of a run with the `given` settings, its entries changed;
+    those that are None are left out."""
     config = dataclasses.asdict(train.Config()) | {"preset": "paper", "device": "cpu"} | given
     entry = {name: config[name] for name in ("game", "preset", "levels", "seed")} | {
         "agent_steps": 100_000, "returns": [1.0, 3.0], "curve": [[1000 * i, i - 21.0] for i in range(1, 30)],
@@ -2693,7 +2693,8 @@ def test_a_resumed_run_keeps_its_settings(saved_run, refused, tmp_path, flags):
 
 @pytest.mark.parametrize("command, says", [
     ("", "name one directory"), ("run run", "name one directory"), ("--episodes 3", "name one directory"),
-    ("nowhere", "nowhere/checkpoint.pt cannot be used: FileNotFoundError"), ("a.json", "a.json/checkpoint.pt cannot be used"),
+    ("nowhere", "nowhere/checkpoint.pt cannot be used: FileNotFoundError"),
+    ("a.json", "a.json/checkpoint.pt cannot be used"),
     ("empty", "empty/checkpoint.pt cannot be used: FileNotFoundError"),
     ("empty/checkpoint.pt", "empty/checkpoint.pt cannot be used: FileNotFoundError"),
     ("run --vidoe film.gif", "unrecognized arguments: --vidoe"), ("run --video film.mp4", "must end in .gif"),
