@@ -1,4 +1,4 @@
-"""Score a trained agent, watch it, and set many beside each other: `python evaluate.py runs/pong-0`.
+"""Score a trained agent, watch it, and set many beside each other.
 
 In this file: loading a run; a film of what the agent sees, imagines and wants; scores of many runs by the
 conventions of Atari 100k, beside published ones. Read train.py before. What a single question needs, such as
@@ -6,6 +6,15 @@ learning curves, a picture of S5's eigenvalues, or how often subgoals are reache
 results/, built on the functions here.
 
 Symbols as in world_model.py and hierarchy.py: z, h, g (subgoal code), g_h (the same in h-space), k = 4.
+
+examples:
+  python evaluate.py runs/pong-0                          play 100 episodes, write the score beside training's
+  python evaluate.py runs/pong-0 --episodes 20 --json -   JSON on the standard output, for scripts
+  python evaluate.py runs/pong-0 --video film.gif         what it sees, imagines and wants
+  python evaluate.py --table runs/*/evaluation.json       all runs beside published scores
+  python evaluate.py --table --json - runs/*/evaluation.json | jq '.[0].aggregates.here.IQM'
+
+exit codes: 0 done; 2 the command or a file is wrong, one line on the standard error says what; 130 Ctrl+C
 """
 
 import argparse
@@ -18,14 +27,13 @@ import tempfile
 from collections import defaultdict
 from pathlib import Path
 
-import gymnasium
 import numpy as np
 import torch
 
 from hierarchy import onehot
-from train import (PRESETS, REFERENCE, RESUMABLE, Config, Parser, Stream, UsageError, autocast,
-                   env_step, evaluation, history, keep_freed_memory, load_checkpoint, make_agent,
-                   make_config, make_env, report, trusting, write_json)
+from train import (PRESETS, REFERENCE, RESUMABLE, Config, Parser, UsageError, autocast, blaming, env_step,
+                   evaluation, history, keep_freed_memory, load_checkpoint, make_agent, make_config, make_env,
+                   program, report, statistics, write_json)
 from world_model import symexp
 
 
@@ -40,7 +48,7 @@ def load_run(directory, device):
     settings pass the same checks as those of the command line. Raises UsageError if it does not fit.
     """
     path = Path(directory) / "checkpoint.pt"
-    with trusting(path):
+    with blaming(f"{path} cannot be used"):
         checkpoint = load_checkpoint(path, "cpu")
         config = make_config(checkpoint["config"] | {"device": device, "logdir": str(directory)})
         agent = make_agent(config, make_env(config.game))
@@ -125,25 +133,22 @@ def save_film(path, frames, limit=5_000_000):
         size = Path(path).stat().st_size
         message = f"{path}: {len(kept)} of {len(frames)} steps, {size / 1e6:.1f} MB"
         kept = kept[:int(len(kept) * 0.95 * limit / size)]
-    print(message)
+    print(message, file=sys.stderr)
 
 
 def film_env(game):
     """The environment of a film: its observations are images, or it draws frames. Raises UsageError where
     nothing can be shown, now and not after a hundred episodes."""
-    try:
+    with blaming(f"no film of {game} (films need: pip install pillow)"):
         import PIL  # noqa: F401
-        env = make_env(game, render_mode="rgb_array")
+        env = make_env(game)
         if len(env.observation_space.shape) == 1:
-            if env.render_mode != "rgb_array":
-                raise UsageError(f"no film: {game} observes numbers and has no render_mode rgb_array")
+            if "rgb_array" not in env.metadata.get("render_modes", ()):
+                raise ValueError("it observes numbers and has no render_mode rgb_array")
+            env = make_env(game, render_mode="rgb_array")
             env.reset(seed=0)
-            env.render()
+            env.render()  # which may need a library that is not there
         return env
-    except ImportError:
-        raise UsageError("a film needs Pillow: pip install pillow")
-    except gymnasium.error.DependencyNotInstalled as error:
-        raise UsageError(f"no film: {error}")
 
 
 def film(agent, env, game, seed, path, steps=300, restart=45):
@@ -234,7 +239,7 @@ def aggregate(scores):
 def bootstrap(scores, resamples=2000, seed=0):
     """(2,4) ends of the 95% intervals of AGGREGATES. Stratified: each game's runs are redrawn among
     themselves. NaN where every game has one run: no width at all would be a lie."""
-    if max(map(len, scores)) == 1:
+    if max(map(len, scores), default=1) == 1:
         return np.full((2, len(AGGREGATES)), np.nan)
     rng = np.random.default_rng(seed)
     draws = [aggregate([rng.choice(s, len(s)) for s in scores]) for _ in range(resamples)]
@@ -270,33 +275,23 @@ def load_results(paths):
     """{group: {game: [result, ...]}} of result files, all in order, results by seed. A group is what may be
     averaged, named by `group_title`. Raises UsageError for a file that is not one of ours, or a run that is
     there twice."""
-    kinds = {"game": str, "preset": str, "levels": int, "seed": int, "agent_steps": int, "returns": list,
-             "curve": list, "config": dict}
+    kinds = {"game": str, "preset": str, "levels": int, "seed": int, "agent_steps": int}
     runs, groups = {}, defaultdict(lambda: defaultdict(list))
     for path in paths:
-        try:
-            run = json.loads(Path(path).read_text())
-            for name, kind in kinds.items():
-                if not isinstance(run[name], kind):
-                    raise ValueError(f"{name} is not {kind.__name__}")
-            returns = np.array(run["returns"], float)
-            if returns.ndim != 1 or not returns.size or not np.isfinite(returns).all():
-                raise ValueError("returns are not finite numbers")
+        with blaming(f"{path} is not a result of this program"):
+            run = json.loads(Path(path).read_bytes())
+            wrong = [name for name, kind in kinds.items() if not isinstance(run[name], kind)]
+            if wrong or not run["returns"] or not np.isfinite(run["returns"]).all():
+                raise ValueError(f"not of the right kind: {wrong or 'returns'}")
+            run |= statistics([float(score) for score in run["returns"]])
+            run["path"], run["curve"] = path, np.array(run["curve"], float).reshape(-1, 2)  # [step, return]
             # Of all code that has trained it; of older files, of the code that has evaluated it.
             run["commits"] = list(run.get("trained_by", [str(run["commit"])]))
-            n, group = len(returns), group_title(run)
-            run["path"], run["mean"] = path, float(returns.mean())
-            run["episodes_se"] = float(returns.std(ddof=1) / n ** 0.5) if n > 1 else None
-            run["curve"] = np.array(run["curve"], float).reshape(-1, 2)  # (episodes, [step, return])
-        except OSError as error:
-            raise UsageError(f"{path} cannot be read: {error.strerror}")
-        except (LookupError, TypeError, ValueError, ArithmeticError, RecursionError) as error:
-            reason = f"{type(error).__name__}, {error}"
-            raise UsageError(f"{path} is not a result of this program: {reason}") from error
-        first = runs.setdefault((group, run["game"], run["seed"]), run)
-        if first is not run:  # it would count twice
-            raise UsageError(f"{path} and {first['path']} are the same run:"
-                             f" {run['game']}, seed {run['seed']}, {group}")
+            key = group_title(run), run["game"], run["seed"]
+        if key in runs:  # it would count twice
+            raise UsageError(f"{path} and {runs[key]['path']} are the same run: {key[1]}, seed {key[2]},"
+                             f" {key[0]}")
+        runs[key] = run
     for (group, game, _), run in sorted(runs.items(), key=lambda item: item[0]):
         groups[group][game].append(run)
     return groups
@@ -312,19 +307,20 @@ def summarise(groups):
     published = {name + "*": human_normalised(scores) for name, scores in read_published().items()}
     summaries = []
     for group, games in groups.items():
-        ours, rows = human_normalised({game: [run["mean"] for run in games[game]] for game in games}), {}
+        ours = human_normalised({game: [run["mean"] for run in runs] for game, runs in games.items()})
+        rows = {}
         for game, runs in games.items():
-            scores, errors = ([run[name] for run in runs] for name in ("mean", "episodes_se"))
+            scores, errors = ([run[name] for run in runs] for name in ("mean", "standard_error"))
             rows[game] = {"scores": scores, "mean": float(np.mean(scores)),
                           "seeds_sd": float(np.std(scores, ddof=1)) if len(scores) > 1 else None,
                           "episodes_se": None if None in errors else float(np.mean(errors)),
                           "human_normalised": float(ours[game].mean()) if game in ours else None,
                           "random_measured": runs[0].get("random_measured")}
         # Aggregates over unlike sets of games cannot be compared: only methods that know all of ours.
-        methods = {"here": ours} | published
-        methods = {name: [theirs[game] for game in ours] for name, theirs in methods.items()
+        everyone = {"here": ours} | published
+        methods = {name: [theirs[game] for game in ours] for name, theirs in everyone.items()
                    if ours and theirs.keys() >= ours.keys()}
-        ends = bootstrap(methods["here"]) if ours else np.array([np.nan])
+        ends = bootstrap(list(ours.values()))
         summaries.append({
             "group": group, "games": rows,
             "commits": sorted({name for runs in games.values() for run in runs for name in run["commits"]}),
@@ -348,8 +344,8 @@ def print_table(summary):
         return "-" if number is None else f"{number:.{digits}f}"
 
     games, published = summary["games"], read_published()
-    others = {"random": {game: [low] for game, (low, _) in REFERENCE.items()},
-              "human": {game: [high] for game, (_, high) in REFERENCE.items()}} | published
+    others = {name: {game: [pair[i]] for game, pair in REFERENCE.items()}
+              for i, name in enumerate(("random", "human"))} | published
     print(f"### {summary['group']}\n\nCommits: {', '.join(summary['commits'])}.\n")
     print_rows(["game", "runs", "score", "seeds' s.d.", "episodes' s.e.", "normalised",
                 *(name + "*" for name in others)],
@@ -357,9 +353,8 @@ def print_table(summary):
                   cell(row["episodes_se"]), cell(row["human_normalised"], 3),
                   *(cell(*known.get(game, [None])) for known in others.values())]
                  for game, row in games.items()])
-    print("* published by others, not run here; " + (
-        "sources in results/published.csv." if published else
-        "of other methods nothing is known without results/published.csv."))
+    print("* published by others, not run here; " + ("sources in results/published.csv." if published else
+          "of other methods nothing is known without results/published.csv."))
     for game in games.keys() - REFERENCE.keys():
         measured = games[game]["random_measured"]
         print(f"{game} is not of Atari 100k and in no aggregate"
@@ -367,8 +362,8 @@ def print_table(summary):
     if summary["aggregates"]:
         few = "" if summary["interval"] else "; intervals need several runs a game"
         print(f"Aggregates of human-normalised scores over {len(games.keys() & REFERENCE.keys())} of the"
-              f" {len(REFERENCE)} games{few}."
-              "\nOf published methods only means are known: their IQM and gap are of games, not of runs.\n")
+              f" {len(REFERENCE)} games{few}.\nOf published methods only means are known: their IQM and gap"
+              " are of games, not of runs.\n")
         rows = [[name, *(cell(value, 3) for value in values.values())]
                 for name, values in summary["aggregates"].items()]
         ends = [f"{low:.3f} to {high:.3f}" for low, high in (summary["interval"] or {}).values()]
@@ -380,50 +375,34 @@ def print_table(summary):
 # The command line
 # ------------------------------------------------------------------------------------------------------------
 
-EXAMPLES = """examples:
-  python evaluate.py runs/pong-0                          play 100 episodes, write the score beside training's
-  python evaluate.py runs/pong-0 --episodes 20 --json -   JSON on the standard output, for scripts
-  python evaluate.py runs/pong-0 --video film.gif         what it sees, imagines and wants
-  python evaluate.py --table runs/*/evaluation.json       all runs beside published scores
-  python evaluate.py --table --json - runs/*/evaluation.json | jq '.[0].aggregates.here.IQM'
-
-exit codes: 0 done; 2 the command or a file is wrong, one line on the standard error says what; 130 Ctrl+C
-"""
-
-
 def writable(path, suffix):
     """The name of a file to write. Raises UsageError, before any work is done, where it cannot be written."""
     if Path(path).suffix != suffix:  # above all, no typing error may overwrite a checkpoint
         raise UsageError(f"{path}: the name must end in {suffix}")
-    if Path(path).is_dir():
-        raise UsageError(f"{path} cannot be written: it is a directory")
-    try:  # whether a file can be made there is best known by making one
-        tempfile.TemporaryFile(dir=Path(path).parent).close()
-    except OSError as error:
-        raise UsageError(f"{path} cannot be written: {error.strerror}") from error
+    with blaming(f"{path} cannot be written"):
+        if Path(path).is_dir():
+            raise IsADirectoryError("it is a directory")
+        tempfile.TemporaryFile(dir=Path(path).parent).close()  # what can be made is best known by making it
     return path
 
 
 def parse(argv):
     """The arguments of the command line. Raises UsageError, before any work is done, for what cannot
     succeed."""
-    parser = Parser(description="Score a trained agent, watch it, and set it beside others.", epilog=EXAMPLES,
-                    formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
-    parser.add_argument("paths", nargs="*", metavar="RUN|RESULT.json",
-                        help="the directory of a run, or the result files of many runs")
-    parser.add_argument("--json", metavar="FILE",
-                        type=lambda path: path if path == "-" else writable(path, ".json"),
-                        help="where score or table go as JSON; - prints it and nothing else. By default a"
-                        " score goes to RUN/evaluation-stepSTEP-seedSEED-EPISODES.json")
-    add = parser.add_argument_group("one run").add_argument
+    parser = Parser(epilog=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    add = parser.add_argument
+    add("paths", nargs="*", metavar="RUN|RESULT.json",
+        help="the directory of a run, or the result files of many runs")
+    add("--json", metavar="FILE", type=lambda path: path if path == "-" else writable(path, ".json"),
+        help="where score or table go as JSON; - prints it and nothing else. By default a score goes to"
+        " RUN/evaluation-stepSTEP-seedSEED-EPISODES.json")
     add("--episodes", type=int, metavar="N", help="play N episodes and score them (default: 100; with --video"
         " none, unless asked for by this flag or --json)")
     add("--video", type=lambda path: writable(path, ".gif"), metavar="FILE.gif",
         help="film: the game, its reconstruction, a dream, the subgoals and their novelty")
     add("--seed", type=int, default=0, metavar="N", help="seed of what is played here (default: 0)")
     add("--device", default="auto", metavar="NAME", help="auto, cpu, cuda, cuda:1, ... (default: auto)")
-    add = parser.add_argument_group("many runs").add_argument
-    add("--table", action="store_true", help="scores and aggregates beside published ones, as Markdown")
+    add("--table", action="store_true", help="scores and aggregates of many runs, beside published ones")
     args = parser.parse_intermixed_args(argv)
 
     if args.table and (args.video or args.episodes is not None):
@@ -431,8 +410,6 @@ def parse(argv):
     if not args.paths or (len(args.paths) > 1 and not args.table):
         raise UsageError("--table needs result files, for example runs/*/evaluation.json" if args.table else
                          "name one directory of a run, for example runs/pong-0")
-    if args.json == "-" and args.video:
-        raise UsageError("--json - prints nothing but the score: make the film by another command")
     if args.episodes is not None and args.episodes < 1:
         raise UsageError(f"--episodes {args.episodes} is out of range: at least 1")
     make_config({"seed": args.seed, "device": args.device})
@@ -481,11 +458,4 @@ def main(argv):
 
 
 if __name__ == "__main__":
-    sys.stdout, sys.stderr = Stream(sys.stdout), Stream(sys.stderr)
-    try:
-        sys.exit(main(sys.argv[1:]))
-    except UsageError as error:
-        print(f"evaluate.py: {error}", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        sys.exit(130)
+    program(main)

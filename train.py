@@ -1,8 +1,22 @@
-"""Train Hieros on a game: `python train.py --game pong`, or `--game CartPole-v1`.
+"""Train Hieros on a game, then play it for a score.
 
-In this file: every setting (Config), the game as the agent sees it (Atari, Registered), the run with its
-checkpoints (Run) and its log (Log), the loop (train), the score of a trained agent (play, evaluation). Read
-hierarchy.py and replay.py first.
+In this file: every setting (Config), the game as the agent sees it (Atari, Registered), the run with its log
+and checkpoints (Run), the loop (train), the score of a trained agent (play, evaluation). Read hierarchy.py
+and replay.py first. Two things besides learning take most of the lines: a run may be killed at any moment and
+goes on as if it had not been, and whatever a user can mend is said in one line.
+
+examples:
+  python train.py --game pong                            writes runs/pong-0
+  python train.py --game breakout --levels 1 --seed 3    the flat agent, in runs/breakout-3
+  python train.py --game CartPole-v1                     a few minutes
+  python train.py --logdir runs/pong-0 --resume          goes on where it was stopped or killed
+  python train.py --preset debug --logdir runs/try       does it work at all? in under a minute
+
+presets: paper, for Atari on a GPU; cpu, an hour on two cores; vector, for observations that are no images,
+minutes; debug, under a minute; auto, one of the first three by game and device
+
+exit codes: 0 done; 1 a loss was not finite; 2 the command, a file or your environment is wrong, one line on
+the standard error says what; 130 or 143 stopped by Ctrl+C or SIGTERM, and saved
 """
 
 import argparse
@@ -14,9 +28,7 @@ import functools
 import importlib
 import json
 import math
-import operator
 import os
-import pickle
 import re
 import shlex
 import signal
@@ -31,7 +43,7 @@ import ale_py
 import gymnasium
 import numpy as np
 import torch
-from gymnasium.spaces import Box, Discrete
+from gymnasium.spaces import Box, Discrete, flatdim, flatten
 from gymnasium.vector import AutoresetMode, SyncVectorEnv
 from tqdm import tqdm
 
@@ -48,141 +60,141 @@ except ImportError:  # Windows has no such locks
 # Settings
 # ------------------------------------------------------------------------------------------------------------
 
-def setting(default, help, low=None, high=None, choices=None):
-    """A field of Config: its help text and the values that make sense."""
-    return dataclasses.field(default=default, metadata=dict(help=help, low=low, high=high, choices=choices))
+def setting(default, low=None, high=None, choices=None):
+    """A field of Config: its default, and the values that make sense."""
+    return dataclasses.field(default=default, metadata={"low": low, "high": high, "choices": choices})
 
 
 @dataclasses.dataclass
 class Config:
     """Every setting of a run; each is a flag of the command line. The defaults are the preset `paper`: the
-    values of Hieros, unless the help text says otherwise."""
+    values of Hieros, unless the comment says otherwise."""
 
-    game: str = setting("pong", "Atari game in any spelling, or Gymnasium's CartPole-v1, my_module:MyEnv-v0")
-    preset: str = setting("auto", "paper; cpu, about an hour on two cores; vector, for observations that are"
-                          " no images, minutes; debug, under a minute; auto, what fits game and device",
-                          choices=["auto", "paper", "cpu", "vector", "debug"])
-    seed: int = setting(0, "seed of everything random", 0, 2 ** 63 - 1)
-    device: str = setting("auto", "auto, cpu, cuda, cuda:1, ...")
-    logdir: str = setting("", "where the run is written (default runs/GAME-SEED)")
-    levels: int = setting(3, "L, levels of the hierarchy; 1 is the flat agent", 1, 6)
-    k: int = setting(4, "a level acts every k ticks of the level below", 2, 64)
+    # The run.
+    game: str = setting("pong")             # Atari game in any spelling, CartPole-v1, my_module:MyEnv-v0
+    preset: str = setting("auto", choices=["auto", "paper", "cpu", "vector", "debug"])  # auto takes what fits
+    seed: int = setting(0, 0, 2 ** 63 - 1)  # seed of everything random
+    device: str = setting("auto")           # auto, cpu, cuda, cuda:1, ...
+    logdir: str = setting("")               # where the run is written (default runs/GAME-SEED)
+    levels: int = setting(3, 1, 6)          # L, levels of the hierarchy; 1 is the flat agent
+    k: int = setting(4, 2, 64)              # a level acts every k ticks of the level below
 
-    steps: int = setting(100_000, "agent steps; on Atari each is 4 frames", 1)
-    warmup: int = setting(1000, "agent steps before the first update", 0)
-    warmup_hold: int = setting(1, "steps for which each action is held before the first update", 1)
-    train_every: int = setting(1, "agent steps per update of level 0; level i has k^i times fewer updates", 1)
-    batch_size: int = setting(16, "B, sequences in a batch", 1)
-    batch_length: int = setting(64, "T, steps in a sequence", 2)
-    replay_size: int = setting(100_000, "steps that level 0 keeps; level i keeps k^i times fewer", 1)
-    tau: float = setting(0.3, "temperature of time-balanced sampling; 0 is uniform", 0, 1)
+    # Experience.
+    steps: int = setting(100_000, 1)        # agent steps; on Atari each is 4 frames
+    warmup: int = setting(1000, 0)          # agent steps before the first update
+    warmup_hold: int = setting(1, 1)        # steps for which each action is held before the first update
+    train_every: int = setting(1, 1)        # agent steps an update of level 0; level i has k^i times fewer
+    batch_size: int = setting(16, 1)        # B, sequences in a batch
+    batch_length: int = setting(64, 2)      # T, steps in a sequence
+    replay_size: int = setting(100_000, 1)  # steps that level 0 keeps; level i keeps k^i times fewer
+    tau: float = setting(0.3, 0, 1)         # temperature of time-balanced sampling; 0 is uniform
 
-    stoch: int = setting(32, "categoricals in the stochastic state z", 1)
-    classes: int = setting(32, "classes of each of them", 2, 255)
-    hidden: int = setting(256, "H, size of h and features of the S5 layers", 1)
-    state_size: int = setting(128, "P, state size of an S5 layer, a multiple of 8", 8)
-    s5_layers: int = setting(8, "S5 layers", 1)
-    units: int = setting(256, "units of every MLP layer", 1)
-    mlp_layers: int = setting(2, "hidden layers of the MLPs", 1)
-    depth: int = setting(24, "channels of the first convolution", 1)
-    first_stride: int = setting(2, "stride of the first convolution, 4 to save its cost", choices=[2, 4])
-    sharpness: float = setting(1.0, "factor of the initial posterior's logits", 0)
-    kl_warmup: int = setting(0, "updates without the KL that makes z foreseeable; it rises for as many", 0)
+    # World model (world_model.py, s5.py).
+    stoch: int = setting(32, 1)             # categoricals in the stochastic state z
+    classes: int = setting(32, 2, 255)      # classes of each of them
+    hidden: int = setting(256, 1)           # H, size of h and features of the S5 layers
+    state_size: int = setting(128, 8)       # P, state size of an S5 layer, a multiple of 8
+    s5_layers: int = setting(8, 1)          # S5 layers
+    units: int = setting(256, 1)            # units of every MLP layer
+    mlp_layers: int = setting(2, 1)         # hidden layers of the MLPs
+    depth: int = setting(24, 1)             # channels of the first convolution
+    first_stride: int = setting(2, choices=[2, 4])  # stride of the first convolution, 4 to save its cost
+    sharpness: float = setting(1.0, 0)      # factor of the initial posterior's logits
+    kl_warmup: int = setting(0, 0)          # updates without the KL of z and its prior; then it rises
 
-    horizon: int = setting(16, "imagined steps", 2)
-    starts: int = setting(1024, "imagined rollouts an update, at most batch_size * batch_length", 1)
-    gamma: float = setting(0.997, "discount of a tick", 0, 1)
-    lam: float = setting(0.95, "lambda of the returns", 0, 1)
-    entropy_scale: float = setting(3e-4, "weight of the policy's entropy", 0)
-    slow: float = setting(0.02, "share by which the slow critics follow, an update", 0, 1)
-    extrinsic_weight: float = setting(1.0, "weight of the game's reward", 0)
-    subgoal_weight: float = setting(0.3, "weight of the subgoal reward", 0)
-    novelty_weight: float = setting(0.1, "weight of the novelty reward", 0)
-    hindsight: float = setting(
-        0.0, "0: the paper's subgoals. 0.5: goals are changes of h, and half of them, and of the actions of"
-        " higher levels, are replaced by what was done; see Level", 0, 1)
-    subgoal_categoricals: int = setting(8, "categoricals of a subgoal code", 1)
-    subgoal_classes: int = setting(8, "classes of each of them", 2, 255)
+    # Behaviour (hierarchy.py).
+    horizon: int = setting(16, 2)           # imagined steps
+    starts: int = setting(1024, 1)          # imagined rollouts an update, at most batch_size * batch_length
+    gamma: float = setting(0.997, 0, 1)     # discount of a tick
+    lam: float = setting(0.95, 0, 1)        # lambda of the returns
+    entropy_scale: float = setting(3e-4, 0)  # weight of the policy's entropy
+    slow: float = setting(0.02, 0, 1)       # share by which the slow critics follow, an update
+    extrinsic_weight: float = setting(1.0, 0)  # weight of the game's reward
+    subgoal_weight: float = setting(0.3, 0)  # weight of the subgoal reward
+    novelty_weight: float = setting(0.1, 0)  # weight of the novelty reward
+    hindsight: float = setting(0.0, 0, 1)   # 0: the paper's subgoals; else a share of hindsight, see Level
+    subgoal_categoricals: int = setting(8, 1)  # categoricals of a subgoal code
+    subgoal_classes: int = setting(8, 2, 255)  # classes of each of them
+    encoder_lr: float = setting(1e-4, 0)    # learning rate of the encoders, which belong to the world models
+    model_lr: float = setting(1e-4, 0)      # learning rate of the world models
+    actor_lr: float = setting(3e-5, 0)      # learning rate of the actors
+    critic_lr: float = setting(3e-5, 0)     # learning rate of the critics
+    autoencoder_lr: float = setting(1e-4, 0)  # learning rate of the subgoal autoencoders
 
-    encoder_lr: float = setting(1e-4, "learning rate of the encoders, which belong to the world models", 0)
-    model_lr: float = setting(1e-4, "learning rate of the world models", 0)
-    actor_lr: float = setting(3e-5, "learning rate of the actors", 0)
-    critic_lr: float = setting(3e-5, "learning rate of the critics", 0)
-    autoencoder_lr: float = setting(1e-4, "learning rate of the subgoal autoencoders", 0)
-
-    precision: str = setting("tf32", "arithmetic of the matrix products; on a CPU tf32 is float32",
-                             choices=["tf32", "float32", "bf16"])
-    log_every: int = setting(500, "agent steps between lines of metrics.jsonl", 1)
-    save_every: int = setting(2500, "agent steps between checkpoints", 1)
-    eval_episodes: int = setting(100, "episodes of the final evaluation", 1)
+    # The machine.
+    precision: str = setting("tf32", choices=["tf32", "float32", "bf16"])  # of matrix products
+    log_every: int = setting(500, 1)        # agent steps between lines of metrics.jsonl
+    save_every: int = setting(2500, 1)      # agent steps between checkpoints
+    eval_episodes: int = setting(100, 1)    # episodes of the final evaluation
 
 
 PRESETS = {
-    "paper": {},
+    "paper": {},  # for a GPU
+    # An hour on two CPU cores, where `paper` would take five days: smaller networks, and a twelfth of the
+    # updates. For so few, rates are higher, and z is made to tell frames apart before it must be foreseeable.
     "cpu": dict(train_every=12, batch_size=8, batch_length=32, stoch=32, classes=16, hidden=128,
                 state_size=64, s5_layers=2, units=128, first_stride=4, sharpness=10.0, kl_warmup=200,
                 horizon=10, starts=128, gamma=0.99, slow=0.1, entropy_scale=1e-3, subgoal_weight=0.03,
                 encoder_lr=3e-4, model_lr=1e-3, actor_lr=3e-4, critic_lr=1e-3, autoencoder_lr=1e-3),
+    # Observations that are no images cost little: more updates than `cpu`, and done in minutes. Where a step
+    # moves little, a random action that lasts gets further than one that trembles: so warmup holds it.
     "vector": dict(steps=20_000, warmup=2500, warmup_hold=4, train_every=6, batch_size=8, batch_length=32,
                    stoch=16, classes=16, hidden=64, state_size=32, s5_layers=2, units=64, sharpness=10.0,
                    kl_warmup=100, horizon=15, starts=96, gamma=0.99, slow=0.1, entropy_scale=1e-3,
                    subgoal_weight=0.03, encoder_lr=1e-3, model_lr=1e-3, actor_lr=5e-4, critic_lr=3e-3,
                    autoencoder_lr=1e-3),
+    # Does everything run? It learns nothing in its minute.
     "debug": dict(steps=1200, replay_size=2000, train_every=10, warmup=300, batch_size=4, batch_length=16,
                   stoch=8, classes=8, hidden=64, state_size=32, s5_layers=2, units=64, mlp_layers=1, depth=8,
                   first_stride=4, horizon=5, starts=32, log_every=100, save_every=400, eval_episodes=2),
 }
-# What --resume may change.
+# What --resume may change, since it touches no number that is learned.
 RESUMABLE = {"steps", "logdir", "device", "log_every", "save_every", "eval_episodes"}
 
 
 class UsageError(Exception):
     """The user can mend this: one line that says what is wrong and what would be right; exit code 2."""
 
+    def __init__(self, message):
+        super().__init__(" ".join(line.strip() for line in message.splitlines()))
 
-def one_line(anything):
-    """An error, or anything else, as a text that is not too long for a message."""
-    name = f"{type(anything).__name__}, " * isinstance(anything, Exception)
-    return name + " ".join(str(anything).split())[:300]
+
+@contextlib.contextmanager
+def blaming(what):
+    """Turns whatever goes wrong in this block, where code or files of others are used, into one line: `what`,
+    the error, the place. A long traceback through Gymnasium and torch would hide it."""
+    try:
+        yield
+    except UsageError as error:
+        raise UsageError(f"{what}: {error}") from error
+    except Exception as error:
+        place = traceback.extract_tb(error.__traceback__)[-1]
+        reason = str(error).split(". ")[0][:300]  # torch would go on with dangerous advice
+        raise UsageError(f"{what}: {type(error).__name__}, {reason} ({Path(place.filename).name},"
+                         f" line {place.lineno})") from error
 
 
 class Parser(argparse.ArgumentParser):
-    """An ArgumentParser whose errors are UsageErrors: one line; an unknown flag gets the nearest known."""
+    """An ArgumentParser that raises its errors, so that all errors end in one place (`program`)."""
 
     def error(self, message):
-        if message.startswith("unrecognized arguments: --"):
-            flag = message.split()[2].split("=")[0]
-            near = difflib.get_close_matches(flag, self._option_string_actions, 1) or ["--help"]
-            message = f"unknown flag {flag}, did you mean {near[0]}?"
-        raise UsageError(message)
-
-
-EXAMPLES = """examples:
-  python train.py --game pong                            writes runs/pong-0
-  python train.py --game breakout --levels 1 --seed 3    the flat agent, in runs/breakout-3
-  python train.py --game CartPole-v1                     a few minutes
-  python train.py --logdir runs/pong-0 --resume          goes on where it was stopped or killed
-  python train.py --preset debug --logdir runs/try       does it work at all? in under a minute
-
-exit codes: 0 done; 1 a loss was not finite; 2 the command, a file or your environment is wrong, one line on
-the standard error says what; 130 or 143 stopped by Ctrl+C or SIGTERM, and saved
-"""
+        raise UsageError(f"{message}; --help names every flag")
 
 
 def parse_config(argv):
     """({explicitly given name: value}, resume) of a command line. UsageError; only --help exits."""
-    parser = Parser(description="Train Hieros on a game, then play it for a score.", epilog=EXAMPLES,
-                    usage="train.py [--game str] [--seed int] [any setting below] [--resume]",
+    parser = Parser(usage="train.py [any setting below] [--resume]", epilog=__doc__,
                     formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    # Each setting is explained once, by its comment above, which is its help text, too.
+    helps = dict(re.findall(r"^    (\w+): .*  # (.*)", Path(__file__).read_text("utf-8"), re.MULTILINE))
     for field in dataclasses.fields(Config):
         values = {name: preset.get(field.name, field.default) for name, preset in PRESETS.items()}
         if len(set(values.values())) == 1:
             values = {"default": field.default}
         defaults = ", ".join(f"{name} {value}" for name, value in values.items() if value != "")
-        choices = field.metadata["choices"]
-        parser.add_argument("--" + field.name, default=argparse.SUPPRESS, type=field.type, choices=choices,
-                            metavar="|".join(map(str, choices)) if choices else field.type.__name__,
-                            help=field.metadata["help"] + f" ({defaults})" * bool(defaults))
+        parser.add_argument("--" + field.name, default=argparse.SUPPRESS, type=field.type,
+                            choices=field.metadata["choices"],
+                            help=helps[field.name] + f" ({defaults})" * bool(defaults))
     parser.add_argument("--resume", action="store_true", help="continue from the last checkpoint in --logdir;"
                         " where there is none yet, begin: a job that is started again may always say it")
     given = vars(parser.parse_args(argv))
@@ -199,31 +211,20 @@ def make_config(given):
         config.preset = "paper" if config.device.startswith("cuda") else "cpu"
         if config.game not in atari_games() and len(make_env(config.game).observation_space.shape) == 1:
             config.preset = "vector"
-    explicit = {name: getattr(config, name) for name in given if name not in ("preset", "device")}
-    config = dataclasses.replace(config, **(PRESETS[config.preset] | explicit))
+    for name, value in PRESETS[config.preset].items():
+        if name not in given:
+            setattr(config, name, value)
     for field in dataclasses.fields(Config):
         value, low, high = getattr(config, field.name), field.metadata["low"], field.metadata["high"]
         if (low is not None and not low <= value < math.inf) or (high is not None and not value <= high):
             raise UsageError(f"--{field.name} {value} is out of range: "
                              + (f"at least {low}" if high is None else f"{low} to {high}"))
-    first = -(-max(config.warmup, config.batch_length) // config.train_every) * config.train_every
-    if config.state_size % 8:
-        raise UsageError(f"--state_size {config.state_size} must be a multiple of 8 (4 blocks of pairs)")
-    if config.starts > config.batch_size * config.batch_length:
-        raise UsageError(f"--starts {config.starts} is more than a batch of {config.batch_size} x"
-                         f" {config.batch_length} steps has")
-    if config.replay_size < config.batch_length * config.k ** (config.levels - 1):
-        raise UsageError(f"--replay_size {config.replay_size} is too small: the top level keeps a k^"
-                         f"{config.levels - 1}th of it and needs {config.batch_length} steps for a sequence")
-    if config.steps < first:
-        raise UsageError(f"--steps {config.steps} ends before the first update, at step {first}, the first"
-                         " multiple of --train_every that is at least --warmup and --batch_length")
-    try:
-        if torch.device(config.device).type not in ("cpu", "cuda"):
-            raise RuntimeError("cpu and cuda can; others, such as mps, lack complex numbers or float64")
+    if config.steps < config.warmup:
+        raise UsageError(f"--steps {config.steps} ends before the first update, at --warmup {config.warmup}")
+    if not re.fullmatch(r"cpu|cuda(:\d+)?", config.device):
+        raise UsageError(f"--device {config.device}: only cpu and cuda can; mps lacks complex numbers")
+    with blaming(f"--device {config.device} cannot be used here"):
         torch.zeros(1, device=config.device)
-    except (RuntimeError, AssertionError) as error:
-        raise UsageError(f"--device {config.device} cannot be used here: {str(error).splitlines()[0]}")
     config.logdir = config.logdir or "runs/" + re.sub(r"[^\w.-]", "_", f"{config.game}-{config.seed}")
     return config
 
@@ -251,9 +252,8 @@ def atari_games():
     """{name: environment id} of every game that ale_py brings: {"ms_pacman": "ALE/MsPacman-v5", ...}."""
     gymnasium.register_envs(ale_py)
     ale_py.ALEInterface.setLoggerMode(ale_py.LoggerMode.Error)  # no banner
-    ids = [id for id, spec in gymnasium.registry.items() if spec.namespace == "ALE" and spec.version == 5]
-    return {"".join("_" * (i > 0 and c.isupper()) + c.lower() for i, c in enumerate(id[4:-3])): id
-            for id in ids}
+    return {re.sub(r"\B([A-Z])", r"_\1", id[4:-3]).lower(): id for id, spec in gymnasium.registry.items()
+            if spec.namespace == "ALE" and spec.version == 5}
 
 
 def game_name(game):
@@ -263,26 +263,25 @@ def game_name(game):
         return "".join(c for c in text.lower() if c.isalnum())
 
     module, _, id = game.rpartition(":")
-    try:
-        atari = {letters(name): name for name in atari_games()}
-        importlib.import_module(module) if module else None  # which registers its environments
-    except Exception as error:  # it is the user's code: anything may happen
-        raise UsageError(f"--game {game}: importing {module} fails: {one_line(error)}")
-    others = {letters(id): id for id, spec in gymnasium.registry.items()
-              if not str(spec.entry_point).startswith("ale_py")}
+    if module:
+        with blaming(f"--game {game}: importing {module} fails"):
+            importlib.import_module(module)  # which registers its environments
+    others = [id for id, spec in gymnasium.registry.items() if not str(spec.entry_point).startswith("ale_py")]
+    if id in others:
+        return game
+    known = {letters(name): name for name in [*others, *atari_games()]}
     # The names under which ale_py registers a game, ALE/Pong-v5, PongNoFrameskip-v4, are spellings, too.
     plain = letters(re.sub(r"^ALE/|(NoFrameskip|Deterministic)?-v[045]$", "", game))
-    if id in others.values() or plain in atari:
-        return game if id in others.values() else atari[plain]
-    near = [names[name] for names in (atari, others)
-            for name in difflib.get_close_matches(letters(id), names)]
-    raise UsageError(f"unknown game '{game}'; nearest: " + (", ".join(near) or ", ".join(REFERENCE)
-                     + "; Gymnasium's, such as CartPole-v1; your own, my_module:MyEnv-v0"))
+    if known.get(plain) in atari_games():
+        return known[plain]
+    near = ", ".join(known[name] for name in difflib.get_close_matches(letters(id), known)) or "none"
+    raise UsageError(f"unknown game '{game}'; nearest: {near}; there are Atari's, such as pong, Gymnasium's,"
+                     " such as CartPole-v1, and your own, my_module:MyEnv-v0")
 
 
-def make_env(game, render_mode=None):
-    """The environment of a `game_name`. render_mode is for Gymnasium's, and None in those that lack it."""
-    return Atari(game) if game in atari_games() else Registered(game, render_mode)
+def make_env(game, **options):
+    """The environment of a `game_name`. options: for Gymnasium's, such as render_mode."""
+    return Atari(game) if game in atari_games() else Registered(game, **options)
 
 
 @functools.cache
@@ -294,15 +293,15 @@ def area_weights(inputs, outputs):
 
 
 def shrink(image):
-    """An image (height, width, 3) of bytes as (64,64,3): the exact mean over each area, in float32 always.
+    """An image (height, width[, 1 or 3]) as (64,64,3) bytes: the exact mean over each area, in float32.
 
     By torch: NumPy's matmul has threads of its own, which fight torch's and make acting five times slower.
     """
-    height, width, _ = image.shape
+    height, width = image.shape[:2]
     with torch.autocast("cpu", enabled=False):
-        pixels = torch.from_numpy(image).float().reshape(height, -1)
-        narrow = (area_weights(height, 64) @ pixels).view(64, width, 3)
-        return (area_weights(width, 64) @ narrow).round().byte().numpy()
+        pixels = torch.from_numpy(np.ascontiguousarray(image, np.float32)).view(height, -1)
+        narrow = (area_weights(height, 64) @ pixels).view(64, width, -1)
+        return (area_weights(width, 64) @ narrow).round().byte().expand(64, 64, 3).numpy()
 
 
 IMAGE = Box(0, 255, (64, 64, 3), np.uint8)
@@ -318,23 +317,19 @@ class Atari(gymnasium.Env):
     """
 
     REPEAT, NOOPS, MAX_FRAMES = 4, 30, 108_000
+    PROTOCOL = f"action repeat {REPEAT}, up to {NOOPS} no-ops, no sticky actions, at most {MAX_FRAMES} frames"
 
     def __init__(self, game):
-        try:
+        with blaming(f"{game} cannot be made"):
             self.game = gymnasium.make(atari_games()[game], frameskip=1, repeat_action_probability=0.0,
                                        full_action_space=False, disable_env_checker=True).unwrapped
-        except OSError as error:
-            raise UsageError(f"there is no ROM of '{game}': {one_line(error)};"
-                             " ale-py brings them all: unset ALE_ROMS_DIR, or install it anew")
         self.observation_space, self.action_space = IMAGE, self.game.action_space
         self.max_steps = self.MAX_FRAMES // self.REPEAT  # of an episode
-        self.previous = self.screen = None  # the last two frames
-        self.frames = 0  # of this episode
 
     def reset(self, *, seed=None, options=None):
         super().reset(seed=seed)
         self.screen, _ = self.game.reset(seed=seed)
-        self.previous, self.frames = self.screen, 0
+        self.previous, self.frames = self.screen, 0  # the frame before the last; frames of this episode
         for _ in range(self.np_random.integers(self.NOOPS + 1)):
             if self._frame(0)[1]:
                 self.screen, _ = self.game.reset()
@@ -385,57 +380,41 @@ class Registered(gymnasium.Wrapper):
     The time limit is the environment's own; without one it is as long as Atari's: an evaluation must end.
     """
 
-    def __init__(self, game, render_mode=None):
+    def __init__(self, game, **options):
         self.name, self.t, id = game, 0, game.rpartition(":")[2]  # t: steps in this episode
-        limit = gymnasium.spec(id).max_episode_steps or 27_000
-        make = functools.partial(gymnasium.make, id, max_episode_steps=limit, disable_env_checker=True)
-        try:
-            env = make()
-            if render_mode in env.metadata.get("render_modes", ()):
-                env = make(render_mode=render_mode)
-        except Exception as error:
-            raise UsageError(f"{game} cannot be made: {one_line(error)}")
-        super().__init__(env)
-        self.max_steps, self.space, actions, size = limit, env.observation_space, env.action_space, None
-        shape = self.space.shape or ()
-        if isinstance(self.space, Discrete):
-            size = int(self.space.n)
-        elif isinstance(self.space, Box) and len(shape) == 1:
-            size = shape[0]
-        elif not (isinstance(self.space, Box) and self.space.dtype == np.uint8
-                  and (len(shape) == 2 or len(shape) == 3 and shape[2] in (1, 3))):
+        self.max_steps = gymnasium.spec(id).max_episode_steps or 27_000
+        with blaming(f"{game} cannot be made"):
+            super().__init__(gymnasium.make(id, max_episode_steps=self.max_steps, disable_env_checker=True,
+                                            **options))
+        seen, actions = self.env.observation_space, self.env.action_space
+        shape = seen.shape or ()  # a Dict has None
+        if isinstance(seen, Discrete) or isinstance(seen, Box) and len(shape) == 1:
+            self.observation_space = Box(-np.inf, np.inf, (flatdim(seen),), np.float32)
+        elif isinstance(seen, Box) and seen.dtype == np.uint8 and shape[2:] in ((), (1,), (3,)):
+            self.observation_space = IMAGE
+        else:
             wrapper = "TransformObservation" if len(shape) == 3 else "FlattenObservation"
-            raise UsageError(f"{game} has the observations {one_line(self.space)}; supported: Box of one"
+            raise UsageError(f"{game} has the observations {seen}; supported: Box of one"
                              f" axis, images of uint8, Discrete; gymnasium.wrappers.{wrapper} converts them")
         if not isinstance(actions, Discrete) or actions.n > 256:  # the replay stores them as bytes
-            raise UsageError(f"{game} has the actions {one_line(actions)}; supported: Discrete, up to 256;"
+            raise UsageError(f"{game} has the actions {actions}; supported: Discrete, up to 256;"
                              " gymnasium.wrappers.TransformAction with a table of actions converts them")
-        self.observation_space = Box(-np.inf, np.inf, (size,), np.float32) if size else IMAGE
         self.action_space = Discrete(int(actions.n))
 
     def _ask(self, method, *arguments, **options):
-        """What the environment's reset or step returns, checked, the observation as the agent sees it. What
-        goes wrong there becomes one line that names the environment, the step and the place."""
-        try:
+        """What the environment's reset or step returns, checked, the observation as the agent sees it."""
+        with blaming(f"{self.name} fails at step {self.t} of an episode"):
             seen, *rest = method(*arguments, **options)
-            array, space = np.asarray(seen), self.space
+            array, space = np.asarray(seen), self.env.observation_space
+            # Box.contains would refuse float64 where float32 is promised, as many environments do.
             if not (space.contains(seen) if isinstance(space, Discrete) else array.shape == space.shape
                     and ((space.low <= array) & (array <= space.high)).all()):  # NaN is not <= anything
                 raise ValueError(f"an observation that is not in {space}")
-            if self.observation_space is IMAGE:
-                colours = array.reshape(*array.shape[:2], -1)  # or one channel of grey
-                array = shrink(np.broadcast_to(colours, (*array.shape[:2], 3)).copy())
-            elif isinstance(space, Discrete):
-                array = np.float32(np.arange(space.start, space.start + space.n) == array)
-            else:
-                array = array.astype(np.float32)
+            image = self.observation_space is IMAGE
+            array = shrink(array) if image else flatten(space, seen).astype(np.float32)
             if not np.isfinite(array).all() or not np.isfinite(np.float32(rest[:-1])).all():
                 raise ValueError("an observation or a reward that is not finite in float32")
             return array, *rest
-        except Exception as error:
-            place = traceback.extract_tb(error.__traceback__)[-1]
-            raise UsageError(f"{self.name} fails at step {self.t} of an episode: {one_line(error)}"
-                             f" ({Path(place.filename).name}, line {place.lineno})") from error
 
     def reset(self, **options):
         self.t = 0
@@ -462,8 +441,9 @@ class Registered(gymnasium.Wrapper):
 # ------------------------------------------------------------------------------------------------------------
 
 def make_agent(config, env):
-    """The agent of a Config for an environment's spaces, on the Config's device. Says beside, for the whole
-    process, whether a GPU may shorten float32 to TF32 in matrix products."""
+    """The agent of a Config for an environment's spaces, on the Config's device."""
+    # Said for the whole process: may a GPU shorten float32 to TF32, 10 bits of mantissa, in matrix products?
+    # The recurrence of S5, in which errors would add up, is no such product: it keeps all of its bits.
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = config.precision == "tf32"
     model = {name: getattr(config, name) for name in (
         "stoch", "classes", "hidden", "state_size", "s5_layers", "units", "mlp_layers", "depth",
@@ -484,60 +464,52 @@ def autocast(config):
                           cache_enabled=False)
 
 
-def pack(tree):
-    """NumPy arrays in nested dicts and lists become {"numpy": tensor}, for torch.load with weights_only."""
+# A checkpoint may come from a stranger or be edited by hand: it must neither execute anything nor end in a
+# traceback. torch's safe loading knows tensors, numbers, texts, dicts and lists, so it is made of these.
+
+def tree_map(change, tree):
+    """change(node) of every node of nested dicts and lists, the inner ones first."""
     if isinstance(tree, dict):
-        return {key: pack(value) for key, value in tree.items()}
-    if isinstance(tree, (list, tuple)):
-        return [pack(value) for value in tree]
-    return {"numpy": torch.from_numpy(tree.copy())} if isinstance(tree, np.ndarray) else tree
+        tree = {key: tree_map(change, value) for key, value in tree.items()}
+    elif isinstance(tree, (list, tuple)):
+        tree = [tree_map(change, value) for value in tree]
+    return change(tree)
 
 
-def unpack(tree):
+def pack(node):
+    """A NumPy array as {"numpy": tensor}; anything else as it is."""
+    return {"numpy": torch.tensor(node)} if isinstance(node, np.ndarray) else node
+
+
+def unpack(node):
     """The inverse of pack."""
-    if isinstance(tree, dict):
-        return tree["numpy"].cpu().numpy() if set(tree) == {"numpy"} else {
-            key: unpack(value) for key, value in tree.items()}
-    return [unpack(value) for value in tree] if isinstance(tree, list) else tree
+    return node["numpy"].cpu().numpy() if isinstance(node, dict) and set(node) == {"numpy"} else node
 
 
 def load_checkpoint(path, device):
-    """The dictionary that Run.save wrote. weights_only: a stranger's checkpoint cannot execute anything."""
+    """The dictionary that Run.save wrote."""
     with zipfile.ZipFile(path) as file:
         if file.testzip():  # torch.load would not look, and go on with other weights
             raise ValueError("a checksum is wrong")
-    return unpack(torch.load(path, map_location=device, weights_only=True))
+    return tree_map(unpack, torch.load(path, map_location=device, weights_only=True))
 
 
 def history(checkpoint):
     """{"step", "seconds", "curve", "commits"} of a run so far, checked: it may have been edited by hand."""
-    step, seconds = operator.index(checkpoint["step"]), float(checkpoint["seconds"])
-    curve = [[operator.index(when), float(score)] for when, score in checkpoint["curve"]]
-    if not 0 <= max([0, *(when for when, _ in curve)]) <= step or not seconds >= 0:
+    step, seconds = int(checkpoint["step"]), float(checkpoint["seconds"])
+    curve = [[int(when), float(score)] for when, score in checkpoint["curve"]]
+    times = [0, *(when for when, _ in curve), step]
+    if times != sorted(times) or not seconds >= 0:
         raise ValueError(f"step {step}, {seconds} seconds and its curve cannot be true together")
     commits = [str(commit) for commit in checkpoint["commits"]]
     return {"step": step, "seconds": seconds, "curve": curve, "commits": commits}
 
 
 @contextlib.contextmanager
-def trusting(path):
-    """Turns what a missing, damaged, foreign or hand-edited checkpoint breaks in this block into one line."""
-    try:
-        yield
-    except UsageError as error:
-        raise UsageError(f"{path}: {error}") from error
-    except FileNotFoundError:
-        raise UsageError(f"{path} does not exist: this is no directory of a run, or it has no checkpoint yet")
-    except (zipfile.BadZipFile, pickle.UnpicklingError, RuntimeError, EOFError, LookupError, TypeError,
-            ValueError, ArithmeticError, AttributeError, OSError, SystemError) as error:
-        reason = one_line(error).split(". ")[0]  # torch goes on with dangerous advice
-        raise UsageError(f"{path} is damaged or not a checkpoint of this program: {reason}") from error
-
-
-@contextlib.contextmanager
 def alone_in(directory):
-    """Keeps every other process out of the directory of a run. The lock is the system's: it goes with this
-    process, however that ends, so a killed one does not block the next."""
+    """Keeps every other process out of the directory of a run: on a cluster a job is started again while the
+    old one still lives, and two would write one log. The lock is the system's: it goes with this process,
+    however that ends, so a killed one does not block the next."""
     directory.mkdir(parents=True, exist_ok=True)
     with open(directory / "lock", "a") as file:
         try:
@@ -555,35 +527,40 @@ def alone_in(directory):
 
 def env_step(observation, reward=0.0, *, is_first=False, is_last=False, is_terminal=False):
     """What an environment gave, as arrays of one environment: the arguments of Hieros.act."""
-    flags = {"is_first": is_first, "is_last": is_last, "is_terminal": is_terminal}
-    return {"observation": observation[None], "reward": np.float32([reward])} | {
-        name: np.array([flag]) for name, flag in flags.items()}
+    return {"observation": observation[None], "reward": np.float32([reward]),
+            "is_first": np.array([is_first]), "is_last": np.array([is_last]),
+            "is_terminal": np.array([is_terminal])}
 
 
 class Run:
-    """Agent, environment, replays and counters of one run, what it does in a step, how it is saved."""
+    """Agent, environment, replays and counters of one run, what it does in a step, how it is saved.
+
+    Whatever the next step depends on is here, random numbers too, so that a resumed run gives the same bits
+    as one that was never stopped. That can be tested; "about as good as" could not.
+    """
 
     def __init__(self, config, env):
         self.config, self.env, self.directory = config, env, Path(config.logdir)
         torch.manual_seed(config.seed)
         self.rng = np.random.default_rng(config.seed)
-        self.agent = make_agent(config, env)
-        self.discretised = self.agent.discretise()  # once an update, not once a step
-        try:
+        with blaming("the networks cannot be made"):
+            self.agent = make_agent(config, env)
+        self.discretised = self.agent.discretise()  # of the S5 layers: once an update, not once a step
+        # Level i stores k^i times more rarely: with k^i times less room its replay reaches back equally far.
+        with blaming(f"--replay_size {config.replay_size}"):  # too little for a sequence, too much for memory
             self.replays = [Replay(spec, -(-config.replay_size // config.k ** i), config.batch_length,
                                    config.tau, self.rng) for i, spec in enumerate(self.agent.specs)]
-        except MemoryError as error:
-            raise UsageError(f"--replay_size {config.replay_size} does not fit into memory: {error}")
         self.memory = self.agent.initial_memory(1)
-        observation, _ = env.reset(seed=config.seed)
-        self.now = env_step(observation, is_first=True)
+        self.now = env_step(env.reset(seed=config.seed)[0], is_first=True)
         self.step, self.score = 0, 0.0  # agent steps so far, return of this episode so far
         self.curve = []  # [agent step, return] of every finished episode
         self.updates = [0] * config.levels
         self.commits = [origin()["commit"] + "+" * bool(origin()["dirty"])]  # of all code that has trained it
-        self.log = Log(self.directory)
-        # When the last line was written: wall time of training, step, clock.
-        self.seconds, self.logged, self.since = 0.0, 0, time.perf_counter()
+        self.metrics = self.directory / "metrics.jsonl"
+        self.sums = {}  # {level: (names of its metrics, their sums, number of updates)} since the last line
+        self.seconds, self.logged = 0.0, 0  # wall time of training and step, at the last line of the log
+        self.began = time.perf_counter()
+        self.directory.mkdir(parents=True, exist_ok=True)
 
     def act(self):
         """Every level that is due updates its state and chooses. Returns, from level 0 upwards, what each of
@@ -591,7 +568,8 @@ class Run:
         level = self.memory["levels"][0]
         with autocast(self.config):
             self.memory, ticks = self.agent.act(self.memory, **self.now, discretised=self.discretised)
-            # At first it plays at random; where it changes its mind at each step, it may get nowhere.
+            # At first it plays at random; where it changes its mind at each step, it may get nowhere. What is
+            # held must stand in the memory, too: the world model is told it as the last action.
             if self.step < self.config.warmup and self.memory["t"][0] % self.config.warmup_hold:
                 ticks[0]["action"] = self.memory["levels"][0]["action"] = level["action"]
             return self.agent.transitions(ticks)
@@ -604,31 +582,38 @@ class Run:
     def play(self, action):
         """One step of the game."""
         observation, reward, terminated, truncated, _ = self.env.step(action)
+        # A time limit ends the episode, but not the world: only what is terminal has no future worth. (The
+        # published code takes both for death, so an agent that survives learns that it will die.)
         self.now = env_step(observation, reward, is_terminal=terminated, is_last=terminated or truncated)
         self.step, self.score = self.step + 1, self.score + float(reward)
 
     def restart(self):
         """The next episode."""
-        self.log.write(self.step, {"episode/score": self.score, "episode/length": int(self.memory["t"][0])})
+        self.log({"episode/score": self.score, "episode/length": int(self.memory["t"][0])})
         self.curve.append([self.step, self.score])
         self.score = 0.0
         self.now = env_step(self.env.reset()[0], is_first=True)
 
     def learn(self):
-        """One update of every level that is due and has enough to learn from."""
+        """One update of every level that is due and has enough to learn from. Level i is due k^i times more
+        rarely, as it acts: so each level draws what it has stored equally often."""
         c = self.config
         for i, (level, replay) in enumerate(zip(self.agent.levels, self.replays)):
             if self.step >= c.warmup and self.step % (c.train_every * c.k ** i) == 0 and replay.starts:
                 with autocast(c):
                     metrics = level.update(self.batch(i))
-                self.log.add(self.step, i, metrics)
+                # Summed on the device and fetched only for a line of the log: to fetch a number from a GPU is
+                # to wait until it has done all that it was told to do before.
+                values = torch.stack([value.float() for value in metrics.values()])
+                _, sums, count = self.sums.get(i, (None, 0, 0))
+                self.sums[i] = list(metrics), sums + values, count + 1
                 with torch.no_grad():
                     self.discretised[i] = level.world_model.sequence.discretise()
                 self.updates[i] += 1
 
     def batch(self, i):
-        """A batch from the replay of level i, on the device. A GPU fetches pinned memory without being
-        waited for."""
+        """A batch from the replay of level i, on the device. A GPU fetches pinned memory while the CPU goes
+        on; from other memory each copy would wait until all updates before it are done."""
         batch = self.replays[i].sample(self.config.batch_size)
         batch = {name: torch.from_numpy(array) for name, array in batch.items()}
         if self.config.device.startswith("cuda"):
@@ -636,34 +621,48 @@ class Run:
                      for name, tensor in batch.items()}
         return batch
 
-    def write_log(self):
-        """The means over the updates since the last line, and the speed."""
-        self.log.flush(self.step)
-        begin, self.since = self.since, time.perf_counter()
-        self.seconds += self.since - begin
-        self.log.write(self.step, {"seconds/total": self.seconds,
-                                   "fps/policy": (self.step - self.logged) / (self.since - begin)})
-        self.logged = self.step
+    def log(self, values):
+        """One more line of metrics.jsonl, a JSON object. The names are DreamerV3's where it has one."""
+        with open(self.metrics, "a") as file:
+            file.write(json.dumps({"step": self.step} | values) + "\n")
+
+    def write_means(self):
+        """The mean metrics of each level since the last time, and the speed. Raises FloatingPointError."""
+        for level, (names, sums, count) in self.sums.items():
+            means = {f"train/{name}": mean for name, mean in zip(names, (sums / count).tolist())}
+            wrong = [name for name, mean in means.items() if not math.isfinite(mean)]
+            if wrong:
+                raise FloatingPointError(f"up to step {self.step}, level {level}: not finite: "
+                                         f"{', '.join(wrong)}; the last checkpoint is from before")
+            self.log({"level": level} | means)
+        before, self.seconds = self.seconds, time.perf_counter() - self.began
+        self.log({"seconds/total": self.seconds,
+                  "fps/policy": (self.step - self.logged) / (self.seconds - before)})
+        self.sums, self.logged = {}, self.step
 
     def save(self):
-        """Write a checkpoint. The old one stays valid until the new one is complete and takes its name: every
-        file is on the disk by then, and what only the old one needs is deleted after."""
-        self.log.means(self.step)  # nothing that is not finite gets into a checkpoint
+        """Write a checkpoint, such that a kill at any moment leaves one: first what the new one needs beside
+        it, then itself under another name, then it takes the old one's name, and only then what the old one
+        alone needed is deleted. Each file is on the disk before the next step."""
+        if self.step > self.logged:
+            self.write_means()  # which raises if a loss is not finite: that must not get into a checkpoint
         for i, replay in enumerate(self.replays):
             replay.save(self.directory / f"replay-{i}")
+        with open(self.metrics, "a") as file:
+            os.fsync(file.fileno())
+            log = {"bytes": file.tell()}
         checkpoint = {
             "config": dataclasses.asdict(self.config), "weights": self.agent.state_dict(),
             "optimisers": [{name: o.adam.state_dict() for name, o in level.optimisers.items()}
                            for level in self.agent.levels],
-            "env": self.env.get_state(), "log": self.log.state(), "curve": self.curve,
+            "env": self.env.get_state(), "log": log, "curve": self.curve,
             "rng": self.rng.bit_generator.state, "torch_rng": torch.get_rng_state(),
-            "cuda_rng": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
-            "replay_totals": [replay.total for replay in self.replays], "memory": self.memory,
-            "now": self.now, "step": self.step, "seconds": self.seconds, "score": self.score,
-            "updates": self.updates, "commits": self.commits}
+            "cuda_rng": torch.cuda.get_rng_state_all(), "memory": self.memory, "now": self.now,
+            "replay_totals": [replay.total for replay in self.replays], "step": self.step,
+            "seconds": self.seconds, "score": self.score, "updates": self.updates, "commits": self.commits}
         try:
             with replacing(self.directory / "checkpoint.pt") as file:
-                torch.save(pack(checkpoint), file)
+                torch.save(tree_map(pack, checkpoint), file)
         except RuntimeError as error:  # torch hides what the disk has said behind an error of its own
             raise error.__context__ or error
         for i, replay in enumerate(self.replays):
@@ -677,140 +676,69 @@ class Run:
             for name, state in states.items():
                 level.optimisers[name].adam.load_state_dict(state)
         past = history(checkpoint)
-        self.step, self.seconds, self.curve = past["step"], past["seconds"], past["curve"]
-        self.commits = past["commits"] + [new for new in self.commits if new not in past["commits"]]
-        self.updates = [operator.index(count) for count in checkpoint["updates"]]
+        past["commits"] += [commit for commit in self.commits if commit not in past["commits"]]
+        vars(self).update(past)
+        self.logged, self.score = self.step, float(checkpoint["score"])
+        self.updates = [int(count) for count in checkpoint["updates"]]
         self.memory, self.now = checkpoint["memory"], checkpoint["now"]
-        self.score, observation = float(checkpoint["score"]), self.env.set_state(checkpoint["env"])
+        observation = self.env.set_state(checkpoint["env"])
         if observation is not None:  # the episode of the checkpoint could not be saved
             self.now, self.score = env_step(observation, is_first=True), 0.0
         self.act()  # on trial: what does not fit is noticed now
         self.memory = checkpoint["memory"]
+        # The random numbers after all that draws some.
         self.rng.bit_generator.state = checkpoint["rng"]
         torch.set_rng_state(checkpoint["torch_rng"].cpu())
         for i, state in enumerate(checkpoint["cuda_rng"][:torch.cuda.device_count()]):
             torch.cuda.set_rng_state(state.cpu(), i)
+        # Last, since the rest deletes: what was written after the checkpoint will be written again.
         for i, (replay, total) in enumerate(zip(self.replays, checkpoint["replay_totals"], strict=True)):
             replay.load(self.directory / f"replay-{i}", total)
-        self.log.restore(checkpoint["log"], self.step)
-        self.logged, self.since = self.step, time.perf_counter()
+        with open(self.metrics, "a") as file:
+            file.truncate(min(checkpoint["log"]["bytes"], file.tell()))
         return observation is None
-
-    def clear(self):
-        """Delete what a run whose first checkpoint was never completed has left in the directory."""
-        for i, replay in enumerate(self.replays):
-            replay.load(self.directory / f"replay-{i}", 0)
-        self.log.restore({"bytes": 0, "sums": {}}, 0)
-
-
-class Log:
-    """metrics.jsonl, one JSON object a line, and TensorBoard events if `tensorboard` is installed. Names are
-    DreamerV3's where it has one.
-
-    Metrics of updates are summed on the device and fetched only when a line is written: fetching waits for
-    the device.
-    """
-
-    def __init__(self, directory):
-        self.path, self.board = directory / "metrics.jsonl", None
-        self.sums = {}  # {level: (names, sums of their values, number of updates)}
-        self.start = 0  # the first step of which this process may write
-
-    def add(self, step, level, metrics):
-        """Sum the metrics {name: scalar tensor} of one update of a level. On the CPU they are checked at
-        once; on a GPU looking would mean waiting, so there `flush` and `Run.save` check their sums."""
-        values = torch.stack([value.float() for value in metrics.values()])
-        _, total, count = self.sums.get(level, (None, 0, 0))
-        self.sums[level] = list(metrics), total + values, count + 1
-        if values.device.type == "cpu":
-            self.means(step)
-
-    def means(self, step):
-        """{level: {name: mean since the last flush}}. Raises FloatingPointError if one is not finite."""
-        means = {}
-        for level, (names, total, count) in self.sums.items():
-            means[level] = {f"train/{name}": mean for name, mean in zip(names, (total / count).tolist())}
-            wrong = [name for name, mean in means[level].items() if not math.isfinite(mean)]
-            if wrong:
-                raise FloatingPointError(f"up to step {step}, level {level}: not finite: {', '.join(wrong)};"
-                                         f" the last checkpoint in {self.path.parent} was saved before,"
-                                         " --resume repeats what led here")
-        return means
-
-    def flush(self, step):
-        """Write the mean metrics since the last flush, one line a level."""
-        for level, values in self.means(step).items():
-            self.write(step, values, level)
-        self.sums = {}
-
-    def write(self, step, values, level=None):
-        """One line: {"step", "level" where there is one, name: value, ...}."""
-        if self.board is None:
-            try:
-                from torch.utils.tensorboard import SummaryWriter
-                # purge_step: what a killed process wrote beyond its last checkpoint is not shown.
-                self.board = SummaryWriter(self.path.parent, purge_step=self.start)
-            except Exception as error:  # it is optional, and a broken installation may raise anything
-                self.board = False
-                if not isinstance(error, ModuleNotFoundError):
-                    print(f"train.py: no TensorBoard: {one_line(error)}", file=sys.stderr)
-        labels = {"step": step} if level is None else {"step": step, "level": level}
-        with open(self.path, "a") as file:
-            file.write(json.dumps(labels | values) + "\n")
-        for name, value in values.items() if self.board else ():
-            self.board.add_scalar(name if level is None else f"level_{level}/{name}", value, step)
-
-    def state(self):
-        """What `restore` needs: the length of the file, which is on the disk then, and the sums."""
-        if not self.path.exists():
-            return {"bytes": 0, "sums": self.sums}
-        with open(self.path, "a") as file:
-            os.fsync(file.fileno())
-            return {"bytes": file.tell(), "sums": self.sums}
-
-    def restore(self, state, step):
-        """Cut off the lines written after the checkpoint: the resumed run writes them again."""
-        self.sums, self.start = state["sums"], step + 1
-        self.means(step)  # sums that are none are noticed now
-        if self.path.exists():
-            os.truncate(self.path, min(state["bytes"], self.path.stat().st_size))
 
 
 # ------------------------------------------------------------------------------------------------------------
 # The loop
 # ------------------------------------------------------------------------------------------------------------
 
+@contextlib.contextmanager
+def noting_signals():
+    """The list of signals, Ctrl+C and SIGTERM, that have come, which do nothing else meanwhile: they would
+    break off an update or a step of the game, and a checkpoint must not hold one half of it."""
+    noted = []
+    handlers = {number: signal.signal(number, lambda number, frame: noted.append(number))
+                for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield noted
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+
+
 def train(run, progress=True):
     """Act, learn, log, save, until config.steps. Returns the number of the signal that ended it, else 0."""
-    config, stopped, run.since = run.config, [], time.perf_counter()
-    run.directory.mkdir(parents=True, exist_ok=True)
-    handlers = {number: signal.signal(number, lambda number, frame: stopped.append(number))
-                for number in (signal.SIGINT, signal.SIGTERM)}
-    bar = tqdm(total=config.steps, initial=run.step, unit="step", disable=not progress, dynamic_ncols=True,
-               mininterval=1.0)
-    try:
+    config = run.config
+    run.began = time.perf_counter() - run.seconds  # as if it had never been interrupted
+    with noting_signals() as stopped, tqdm(total=config.steps, initial=run.step, unit="step", mininterval=1.0,
+                                           disable=not progress, dynamic_ncols=True) as bar:
         while run.step < config.steps and not stopped:
             transitions = run.act()
             run.remember(transitions)
             if run.now["is_last"][0]:
-                run.restart()  # the last step is remembered; its action has no effect
-                continue
+                run.restart()  # the last step is remembered, for its reward and its end; its action has no
+                continue       # effect, so it is not one of config.steps
             run.play(int(transitions[0]["action"][0]))
             run.learn()
             bar.update()
-            if run.step % config.log_every == 0 or run.step == config.steps:
-                run.write_log()
+            if run.step % config.log_every == 0:
+                run.write_means()
                 scores = [score for _, score in run.curve[-10:]] or [math.nan]
                 bar.set_postfix(score=scores[-1], mean10=f"{np.mean(scores):.1f}", updates=sum(run.updates),
                                 refresh=False)
-            if run.step % config.save_every == 0 or run.step == config.steps:
+            if run.step % config.save_every == 0:
                 run.save()
-    finally:
-        bar.close()
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
-    if stopped:
-        run.seconds += time.perf_counter() - run.since
         run.save()
     return stopped[0] if stopped else 0
 
@@ -830,10 +758,11 @@ def play(agent, make_env, episodes, seed=0, progress=True):
     envs = SyncVectorEnv([make_env] * n, autoreset_mode=AutoresetMode.NEXT_STEP)
     envs.action_space.seed(seed)
     observation, _ = envs.reset(seed=seed)
-    returns, score, steps = [[] for _ in range(n)], np.zeros(n), 0
     reward, first, last, terminal = np.zeros(n), np.ones(n, bool), np.zeros(n, bool), np.zeros(n, bool)
-    memory, discretised = (agent.initial_memory(n), agent.discretise()) if agent else (None, None)
-    limit = episodes * getattr(envs.envs[0], "max_steps", 0)  # steps in all
+    returns, score, steps = [[] for _ in range(n)], np.zeros(n), 0
+    limit = episodes * getattr(envs.envs[0], "max_steps", math.inf)
+    if agent:
+        memory, discretised = agent.initial_memory(n), agent.discretise()
     with tqdm(total=episodes, desc="evaluation" if agent else "random play", unit="episode", miniters=0,
               mininterval=1.0, disable=not progress, dynamic_ncols=True) as bar:
         while min(map(len, returns)) < episodes // n:
@@ -844,27 +773,15 @@ def play(agent, make_env, episodes, seed=0, progress=True):
             observation, reward, terminal, truncated, _ = envs.step(action)
             first, last = last, terminal | truncated
             score, steps = score + reward, steps + n
-            # The first episode may take long: the bar counts steps too, and says how many it may take.
-            bar.set_postfix_str(f"{steps:,} steps" + f" of at most {limit:,}" * bool(limit), False)
-            bar.update(0)
+            # The first episode may take an hour: the bar counts steps, too.
+            bar.set_postfix_str(f"{steps:,} steps of at most {limit:,}", refresh=False)
             for i in np.flatnonzero(last):
                 if len(returns[i]) < episodes // n:
                     returns[i].append(float(score[i]))
-                    bar.update()
                 score[i] = 0.0
+            bar.update(sum(map(len, returns)) - bar.n)
     envs.close()
     return sum(returns, [])
-
-
-def evaluation(config, agent, history, episodes, seed, progress=True):
-    """The `result` of playing now. Games without published scores are played at random too, to compare.
-    history: what `history` returns."""
-    make, random_returns = functools.partial(make_env, config.game), None
-    with autocast(config):
-        returns = play(agent, make, episodes, seed, progress)
-    if config.game not in atari_games():
-        random_returns = play(None, make, 20, seed, progress)
-    return result(config, returns, seed, random_returns=random_returns, **history)
 
 
 @functools.cache  # asked when a run begins: that code is running, whatever is committed meanwhile
@@ -882,29 +799,33 @@ def origin():
             "dirty": commit.endswith("+"), "versions": versions}
 
 
-def result(config, returns, seed, step, seconds, curve, commits, random_returns=None):
-    """What is known of a run, ready for a JSON file. returns: of its evaluation with that seed."""
-    def statistics(returns):
-        error = float(np.std(returns, ddof=1) / len(returns) ** 0.5) if len(returns) > 1 else None
-        return {"mean": float(np.mean(returns)), "standard_error": error, "returns": returns}
+def statistics(returns):
+    """Mean and standard error of some returns: the error of one agent's episodes. Seeds differ by more."""
+    error = float(np.std(returns, ddof=1) / len(returns) ** 0.5) if len(returns) > 1 else None
+    return {"mean": float(np.mean(returns)), "standard_error": error, "returns": returns}
 
-    usual, everything = dataclasses.asdict(Config()) | PRESETS[config.preset], dataclasses.asdict(config)
-    settings = {name: value for name, value in everything.items() if value != usual[name]
-                and name not in RESUMABLE | {"game", "preset", "seed", "logdir", "levels"}}
-    random, human = REFERENCE.get(config.game, (None, None))
+
+def evaluation(config, agent, past, episodes, seed):
+    """Play for a score. Returns all that is known of a run, for a JSON file. past: what `history` returns."""
+    make, atari = functools.partial(make_env, config.game), config.game in atari_games()
+    with autocast(config):
+        returns = play(agent, make, episodes, seed)
+    # Of other games no score is published: random play is measured, to compare.
+    random_measured = None if atari else statistics(play(None, make, 20, seed))
     score, device = statistics(returns), config.device
-    protocol = f"{len(returns)} episodes, sampled actions"
-    if config.game in atari_games():
-        protocol += (f", action repeat {Atari.REPEAT}, up to {Atari.NOOPS} no-ops, no sticky actions, at most"
-                     f" {Atari.MAX_FRAMES} frames")
+    random, human = REFERENCE.get(config.game, (None, None))
+    everything, usual = dataclasses.asdict(config), dataclasses.asdict(Config()) | PRESETS[config.preset]
+    settings = {name: value for name, value in everything.items() if value != usual[name]
+                and name not in RESUMABLE | {"game", "preset", "seed", "levels"}}
+    protocol = f"{episodes} episodes, sampled actions" + (", " + Atari.PROTOCOL if atari else "")
     return {"game": config.game, "levels": config.levels, "seed": config.seed, "preset": config.preset,
-            "settings": settings, "agent_steps": step, "hours": round(seconds / 3600, 3)} | score | {
-            "median": float(np.median(returns)), "random": random, "human": human,
+            "settings": settings, "agent_steps": past["step"], "hours": round(past["seconds"] / 3600, 3),
+            **score, "median": float(np.median(returns)), "random": random, "human": human,
             "human_normalised": None if human is None else (score["mean"] - random) / (human - random),
-            "random_measured": random_returns and statistics(random_returns), "protocol": protocol,
-            "evaluation_seed": seed, "threads": torch.get_num_threads(), "trained_by": commits,
+            "random_measured": random_measured, "protocol": protocol, "evaluation_seed": seed,
+            "threads": torch.get_num_threads(), "trained_by": past["commits"],
             "device": torch.cuda.get_device_name(device) if device.startswith("cuda") else device,
-            "config": everything, "curve": curve} | origin()
+            "config": everything, "curve": past["curve"], **origin()}
 
 
 def report(summary):
@@ -944,28 +865,41 @@ class Stream:
         return getattr(self.stream, name)
 
     def write(self, text):
-        with contextlib.suppress(OSError):
+        try:
             self.stream.write(text)
-            self.stream.flush()
+            self.stream.flush()  # now, where an error can be caught, and not when the program ends
+        except OSError:
+            self.stream = open(os.devnull, "w")
 
-    def flush(self):
-        pass
+
+def program(main):
+    """Run main(argv) as a program that ends with an exit code, and with one line where something is wrong."""
+    name = Path(sys.argv[0]).name
+    sys.stdout, sys.stderr = Stream(sys.stdout), Stream(sys.stderr)
+    try:
+        sys.exit(main(sys.argv[1:]))
+    except UsageError as error:
+        print(f"{name}: {error}", file=sys.stderr)
+        sys.exit(2)
+    except FloatingPointError as error:
+        sys.exit(f"{name}: {error}")  # which is exit code 1
+    except KeyboardInterrupt:  # while it trains, Ctrl+C saves first (noting_signals)
+        print(f"{name}: interrupted; what was saved before stays", file=sys.stderr)
+        sys.exit(130)
 
 
 def keep_freed_memory():
     """Ask glibc to keep freed memory for the next tensor. Else every tensor over some hundred kB is mapped
     anew and zeroed page by page, which makes an update on the CPU a third slower."""
-    try:
+    with contextlib.suppress(OSError, AttributeError):  # no glibc
         libc = ctypes.CDLL("libc.so.6")
         libc.mallopt(-4, 0)  # M_MMAP_MAX: map no blocks of their own
         libc.mallopt(-1, 2 ** 31 - 1)  # M_TRIM_THRESHOLD: give back only above 2 GiB
-    except (OSError, AttributeError):  # no glibc
-        pass
 
 
 def resumed(path, given, device):
-    """(Run of a checkpoint, with what the command line may change; whether within the same episode)."""
-    with trusting(path):
+    """(Run of a checkpoint, with what the command line may change; what to tell the user of it)."""
+    with blaming(f"{path} cannot be used"):
         checkpoint = load_checkpoint(path, device)
         stored = checkpoint["config"]
         config = make_config(stored | given | {"logdir": str(path.parent), "device": device})
@@ -973,7 +907,8 @@ def resumed(path, given, device):
             if name not in RESUMABLE and value != stored.get(name, value):
                 raise UsageError(f"--{name} {value} contradicts the run, which has {stored[name]}")
         run = Run(config, make_env(config.game))
-        return run, run.restore(checkpoint)
+        lost = "" if run.restore(checkpoint) else ", in a new episode, its own is lost"
+        return run, f", resumed at step {run.step}{lost}"
 
 
 def main(argv):
@@ -981,30 +916,28 @@ def main(argv):
     keep_freed_memory()
     given, resume = parse_config(argv)
     place = make_config({name: given[name] for name in given.keys() & {"game", "seed", "logdir", "device"}})
-    directory, note = Path(place.logdir), ""
-    checkpoint, again = directory / "checkpoint.pt", f"--logdir {shlex.quote(place.logdir)} --resume"
+    directory, checkpoint = Path(place.logdir), Path(place.logdir) / "checkpoint.pt"
+    again = f"python train.py --logdir {shlex.quote(place.logdir)} --resume"
     try:
-        new = not checkpoint.exists()
-        # What a run leaves that was killed, or met a full disk, before its first checkpoint.
-        ours = re.compile(r"replay-\d+|metrics\.jsonl|writing\.tmp|lock|events\.out\.tfevents\..*")
-        if new and directory.is_dir() and not all(ours.fullmatch(path.name) for path in directory.iterdir()):
-            raise UsageError(f"{checkpoint} does not exist, other files do: choose another --logdir")
-        if not new and not resume:
-            raise UsageError(f"{directory} already exists: add --resume to go on, or choose another --logdir")
-        if new:
-            run = Run(make_config(given), make_env(place.game))
+        # Before the lock, so that a wrong setting leaves no directory behind; all else after it, since two
+        # processes may begin at the same time.
+        config = None if checkpoint.exists() else make_config(given)
         with alone_in(directory):
-            if new and checkpoint.exists():
-                raise UsageError(f"--logdir {directory} is in use: another process has begun there")
-            if new:
-                run.clear()
-                run.save()  # from now on there is something to resume
-            else:
-                run, same = resumed(checkpoint, given, place.device)
-                note = f", resumed at step {run.step}" + ", in a new episode, its own is lost" * (not same)
-            return finish(run, note, f"python train.py {again}")
+            if config is None:
+                if not resume:
+                    raise UsageError(f"{directory} already exists: add --resume to go on, or choose another"
+                                     " --logdir")
+                return finish(*resumed(checkpoint, given, place.device), again)
+            # A first save that was killed, or met a full disk, leaves empty files and the one it was writing.
+            if any(path.is_file() and path.stat().st_size and path.name != "writing.tmp"
+                   for path in directory.rglob("*")):
+                raise UsageError(f"{directory} has other files and no checkpoint.pt: choose another --logdir")
+            run = Run(config, make_env(config.game))
+            run.save()  # from now on there is something to resume
+            return finish(run, "", again)
     except OSError as error:
-        raise UsageError(f"--logdir {directory} cannot be used: {error.strerror or error}")
+        note = f"; its last checkpoint is intact: make room, then {again}" * os.path.exists(checkpoint)
+        raise UsageError(f"--logdir {directory} cannot be used: {error.strerror or error}{note}")
 
 
 def finish(run, note, again):
@@ -1014,34 +947,16 @@ def finish(run, note, again):
     precision = "float32" if (config.precision, config.device) == ("tf32", "cpu") else config.precision
     print(f"Hieros: {config.game}, preset {config.preset}, {config.levels} levels, {parameters / 1e6:.1f} M"
           f" parameters, device {config.device}, {precision}, writing to {directory}{note}")
-    try:
-        number = train(run)
-        if number:
-            print(f"stopped at step {run.step}, saved; continue with: {again}")
-            return 128 + number
-        open(directory / "writing.tmp", "wb").close()  # to know before playing that it can be written
-        past = {name: getattr(run, name) for name in ("step", "seconds", "curve", "commits")}
-        summary = evaluation(config, run.agent, past, config.eval_episodes, config.seed)
-        write_json(summary, directory / "evaluation.json")
-        print(report(summary))
-        return 0
-    except UsageError as error:
-        raise UsageError(f"{error}; the last checkpoint in {directory} stays")
-    except OSError as error:
-        raise UsageError(f"{directory} cannot be written ({error.strerror or error});"
-                         f" its last checkpoint is intact: make room, then {again}")
-    except FloatingPointError as error:
-        print(f"train.py: {error}", file=sys.stderr)
-        return 1
+    number = train(run)
+    if number:
+        print(f"stopped at step {run.step}, saved; continue with: {again}")
+        return 128 + number
+    open(directory / "writing.tmp", "wb").close()  # to know before playing that it can be written
+    summary = evaluation(config, run.agent, history(vars(run)), config.eval_episodes, config.seed)
+    write_json(summary, directory / "evaluation.json")  # first: there may be no terminal to print to
+    print(report(summary))
+    return 0
 
 
 if __name__ == "__main__":
-    sys.stdout, sys.stderr = Stream(sys.stdout), Stream(sys.stderr)
-    try:
-        sys.exit(main(sys.argv[1:]))
-    except UsageError as error:
-        print(f"train.py: {error}", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:  # before training, or in the evaluation: what there was to save is saved
-        print("train.py: interrupted; --resume continues from the last checkpoint", file=sys.stderr)
-        sys.exit(130)
+    program(main)

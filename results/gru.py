@@ -55,18 +55,14 @@ class GRUStack(nn.Module):
 
 def main(argv):
     """train.main with GRUs. Returns its exit code."""
-    stack, result = world_model.S5Stack, train.result
+    stack, origin = world_model.S5Stack, train.origin
     world_model.S5Stack = GRUStack
-    train.result = lambda *args, **named: result(*args, **named) | {"change": "GRU layers instead of S5's"}
+    train.origin = lambda: origin() | {"change": "GRU layers instead of S5's"}
     try:
         return train.main(argv)
     finally:
-        world_model.S5Stack, train.result = stack, result
+        world_model.S5Stack, train.origin = stack, origin
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main(sys.argv[1:]))
-    except train.UsageError as error:
-        print(f"gru.py: {error}", file=sys.stderr)
-        sys.exit(2)
+    train.program(main)
