@@ -3249,7 +3249,8 @@ def test_the_door_opens_to_who_has_the_key():
     right, left, down, up = 1, 2, 3, 4
     env = script("key_door").KeyDoor()
     env.reset()
-    assert [env.step(right)[0].argmax() for _ in range(4)] == [2] * 4 and env.cell == (2, 4)  # the door is shut
+    assert [env.step(right)[0].argmax() for _ in range(4)] == [2] * 4
+    assert env.cell == (2, 4)  # the door is shut
     path = [up, up, down, down, *[right] * 6, down]
     assert [env.step(action)[1:4] for action in path] == [(0.0, False, False)] * len(path)
     assert env.step(down)[1:4] == (1.0, True, False) and env.cell == env.GOAL

@@ -99,8 +99,8 @@ class Config:
     mlp_layers: int = setting(2, 1)         # hidden layers of the MLPs
     depth: int = setting(24, 1)             # channels of the first convolution
     first_stride: int = setting(2, choices=[2, 4])  # stride of the first convolution, 4 to save its cost
-    sharpness: float = setting(1.0, 0)      # factor of the initial posterior's logits
-    kl_warmup: int = setting(0, 0)          # updates without the KL of z and its prior; then it rises
+    sharpness: float = setting(10.0, 0)     # factor of the initial posterior's logits (Hieros: 1)
+    kl_warmup: int = setting(200, 0)        # updates without KL, which rises for as many more (Hieros: 0)
 
     # Behaviour (hierarchy.py).
     horizon: int = setting(16, 2)           # imagined steps
@@ -131,22 +131,22 @@ class Config:
 PRESETS = {
     "paper": {},  # for a GPU
     # An hour on two CPU cores, where `paper` would take five days: smaller networks, and a twelfth of the
-    # updates. For so few, rates are higher, and z is made to tell frames apart before it must be foreseeable.
+    # updates, for which rates are higher.
     "cpu": dict(train_every=12, batch_size=8, batch_length=32, stoch=32, classes=16, hidden=128,
-                state_size=64, s5_layers=2, units=128, first_stride=4, sharpness=10.0, kl_warmup=200,
-                horizon=10, starts=128, gamma=0.99, slow=0.1, entropy_scale=1e-3, subgoal_weight=0.03,
-                encoder_lr=3e-4, model_lr=1e-3, actor_lr=3e-4, critic_lr=1e-3, autoencoder_lr=1e-3),
+                state_size=64, s5_layers=2, units=128, first_stride=4, horizon=10, starts=128, gamma=0.99,
+                slow=0.1, entropy_scale=1e-3, subgoal_weight=0.03, encoder_lr=3e-4, model_lr=1e-3,
+                actor_lr=3e-4, critic_lr=1e-3, autoencoder_lr=1e-3),
     # Observations that are no images cost little: more updates than `cpu`, and done in minutes. Where a step
     # moves little, a random action that lasts gets further than one that trembles: so warmup holds it.
     "vector": dict(steps=20_000, warmup=2500, warmup_hold=4, train_every=6, batch_size=8, batch_length=32,
-                   stoch=16, classes=16, hidden=64, state_size=32, s5_layers=2, units=64, sharpness=10.0,
-                   kl_warmup=100, horizon=15, starts=96, gamma=0.99, slow=0.1, entropy_scale=1e-3,
-                   subgoal_weight=0.03, encoder_lr=1e-3, model_lr=1e-3, actor_lr=5e-4, critic_lr=3e-3,
-                   autoencoder_lr=1e-3),
+                   stoch=16, classes=16, hidden=64, state_size=32, s5_layers=2, units=64, kl_warmup=100,
+                   horizon=15, starts=96, gamma=0.99, slow=0.1, entropy_scale=1e-3, subgoal_weight=0.03,
+                   encoder_lr=1e-3, model_lr=1e-3, actor_lr=5e-4, critic_lr=3e-3, autoencoder_lr=1e-3),
     # Does everything run? It learns nothing in its minute.
     "debug": dict(steps=1200, replay_size=2000, train_every=10, warmup=300, batch_size=4, batch_length=16,
                   stoch=8, classes=8, hidden=64, state_size=32, s5_layers=2, units=64, mlp_layers=1, depth=8,
-                  first_stride=4, horizon=5, starts=32, log_every=100, save_every=400, eval_episodes=2),
+                  first_stride=4, kl_warmup=20, horizon=5, starts=32, log_every=100, save_every=400,
+                  eval_episodes=2),
 }
 # What --resume may change, since it touches no number that is learned.
 RESUMABLE = {"steps", "logdir", "device", "log_every", "save_every", "eval_episodes"}
