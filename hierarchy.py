@@ -213,8 +213,8 @@ class Level(nn.Module):
     - The reward *reached* (HAC's subgoal testing): a level is paid for goals that the one below, its model
       says, will come near. Most codes are of nothing that can be done here; neither score nor novelty say so.
 
-    Both are weighted by `subgoal`. Where nothing else is rewarded, 1; beside a game's reward 0.1: at 1 an agent
-    that had found a reward went back to following goals for their own sake, and never found it again.
+    Both have the weight of `subgoal`. Where nothing else is rewarded, 1; beside a game's reward 0.1: at 1 an
+    agent that had found a reward went back to following goals for their own sake, and lost it for good.
     """
 
     # Returns of the game are worth their own noise only from about one point on; those of the other two
