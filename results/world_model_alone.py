@@ -65,10 +65,10 @@ def draw(path, *files):
             axes[result["game"]].plot(result["updates"], share, line, color=f"C{int(sharpness > 1)}",
                                       label=f"sharpness {sharpness:g}, kl_warmup {warmup}" * (line == ".-"))
     for game, axis in axes.items():
+        axis.legend(fontsize=7)
         axis.axhline(0.8, color="grey", linewidth=0.5)
         axis.set(title=game, xlabel="updates", ylim=(0, 1.6))
     axes[games[0]].set_ylabel("error of a frame / of the mean frame")
-    axes[games[0]].legend(fontsize=7)
     figure.savefig(path, dpi=120)
 
 
