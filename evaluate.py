@@ -201,7 +201,8 @@ AGGREGATES = ("mean", "median", "IQM", "optimality gap")  # more is better; of t
 # Settings that came or went, so that files from before or after lack them, and the value at which each does
 # nothing: as if there were no such setting. A new setting that has such a value belongs here, or else the
 # runs from before it stand apart, as "unknown".
-NEUTRAL = {"observation_variance": 0, "sequence": "s5", "compile": False, "warmup_hold": 1, "hindsight": 0}
+NEUTRAL = {"observation_variance": 0, "sequence": "s5", "compile": False, "warmup_hold": 1, "hindsight": 0,
+           "decoded": 1}
 
 
 def read_published():

@@ -236,7 +236,7 @@ def test_shapes_that_do_not_fit_name_both():
 # ------------------------------------------------------------------------------------------------------------
 
 TINY = dict(stoch=4, classes=8, hidden=32, state_size=16, s5_layers=2, memory=64, units=32, mlp_layers=1,
-            depth=4, first_stride=4, sharpness=1.0, kl_warmup=0, scaled=False)
+            depth=4, first_stride=4, sharpness=1.0, kl_warmup=0, decoded=1.0, scaled=False)
 BEHAVIOUR = dict(horizon=3, starts=8, gamma=0.9, lam=0.8, entropy_scale=0.05, slow=0.02, model_lr=0.0,
                  encoder_lr=0.0, actor_lr=0.05, critic_lr=0.05, autoencoder_lr=0.0, k=4, hindsight=0.0,
                  below=None)
@@ -385,6 +385,20 @@ def test_loss_by_hand(scaled, fixed_draws):
     assert torch.allclose(loss, sum(parts) + 0.6 * by_hand["loss/dyn"].mean(), atol=1e-4)
     for field, value in zip(states, (x, z, h, entropy(q), model.twohot.mean(logits), cont)):
         assert torch.allclose(field, value, atol=1e-5) and not field.requires_grad
+
+
+def test_some_decoded_observations_stand_for_all(monkeypatch):
+    """With decoded=0.25 only a quarter of a batch is decoded, another one each time, and the mean of their
+    error is that of all."""
+    model, errors, calls = WorldModel((6,), 3, **TINY), {}, {}
+    zeros = torch.zeros(4, 16).bool()
+    batch = 9 * torch.randn(4, 16, 6), torch.rand(4, 16, 3), zeros.float(), first_flags(4, 16, 0), zeros
+    spy(monkeypatch, model, "decode", calls)
+    for model.decoded, times in (1.0, 1), (0.25, 400):
+        errors[model.decoded] = [model.loss(*batch)[2]["loss/vector"].item() for _ in range(times)]
+        assert len(calls["decode"][0][0]) == 64 * model.decoded
+    assert len(set(errors[0.25])) > 300
+    assert np.isclose(np.mean(errors[0.25]), errors[1.0][0], rtol=0.02)
 
 
 def test_h_is_the_symlog_of_a_linear_map_of_the_state():
@@ -937,8 +951,8 @@ def spy(monkeypatch, owner, name, calls):
     """Let calls[name] be the (arguments, result) of the last call of owner.name."""
     original = getattr(owner, name)
 
-    def recorded(*arguments):
-        calls[name] = arguments, original(*arguments)
+    def recorded(*arguments, **options):
+        calls[name] = arguments, original(*arguments, **options)
         return calls[name][1]
 
     monkeypatch.setattr(owner, name, recorded)

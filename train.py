@@ -101,6 +101,7 @@ class Config:
     first_stride: int = setting(2, choices=[2, 4])  # stride of the first convolution, 4 to save its cost
     sharpness: float = setting(10.0, 0)     # factor of the initial posterior's logits (Hieros: 1)
     kl_warmup: int = setting(200, 0)        # updates without KL, which rises for as many more (Hieros: 0)
+    decoded: float = setting(1.0, 0, 1)     # share of a batch's observations that is decoded to learn from
 
     # Behaviour (hierarchy.py).
     horizon: int = setting(16, 2)           # imagined steps
@@ -447,7 +448,7 @@ def make_agent(config, env):
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = config.precision == "tf32"
     model = {name: getattr(config, name) for name in (
         "stoch", "classes", "hidden", "state_size", "s5_layers", "units", "mlp_layers", "depth",
-        "first_stride", "sharpness", "kl_warmup")} | {"memory": config.batch_length}
+        "first_stride", "sharpness", "kl_warmup", "decoded")} | {"memory": config.batch_length}
     behaviour = {name: getattr(config, name) for name in (
         "horizon", "starts", "gamma", "lam", "entropy_scale", "slow", "encoder_lr", "model_lr", "actor_lr",
         "critic_lr", "autoencoder_lr", "hindsight")}

@@ -3,10 +3,11 @@
     python results/world_model_alone.py pong results/paper/pong-old.json --sharpness 1 --kl_warmup 0
     python results/world_model_alone.py results/paper/world_model.png results/paper/*-*.json
 
-The first command trains, the second draws what was measured. Every 50 updates, on 512 frames that are not trained on: squared error summed over a frame's pixels, of the
-reconstruction and of one whose z is that of another frame; and the information in nats that z has of the
-frame: entropy of the mean distribution less mean entropy, summed over the categoricals. As long as the error
-is no smaller than that of the mean frame, z says nothing.
+The first command trains, the second draws what was measured. Every 50 updates, on 512 frames that are not
+trained on: squared error summed over a frame's pixels, of the reconstruction and of one whose z is that of
+another frame; and the information in nats that z has of the frame: entropy of the mean distribution less mean
+entropy, summed over the categoricals. As long as the error is no smaller than that of the mean frame, z says
+nothing.
 """
 import json
 import sys
