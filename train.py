@@ -301,8 +301,10 @@ def shrink(image):
     height, width = image.shape[:2]
     with torch.autocast("cpu", enabled=False):
         pixels = torch.from_numpy(np.ascontiguousarray(image, np.float32)).view(height, -1)
-        narrow = (area_weights(height, 64) @ pixels).view(64, width, -1)
-        return (area_weights(width, 64) @ narrow).round().byte().expand(64, 64, 3).numpy()
+        rows = (area_weights(height, 64) @ pixels).view(64, width, -1)
+        # Columns in front, so that it is one product again: 64 small ones take four times as long.
+        columns = area_weights(width, 64) @ rows.transpose(0, 1).reshape(width, -1)
+        return columns.view(64, 64, -1).transpose(0, 1).round().byte().expand(64, 64, 3).numpy()
 
 
 IMAGE = Box(0, 255, (64, 64, 3), np.uint8)

@@ -12,7 +12,7 @@ sys.path[0] = str(Path(__file__).parents[1])  # the project's root in place of r
 import torch
 
 from evaluate import draw_frame, film_env, load_run, rollout, save_film, state_image, writable
-from train import UsageError, autocast, env_step
+from train import UsageError, autocast, env_step, program
 
 
 def dream(agent, env, seed=0, context=45, steps=225):
@@ -58,7 +58,4 @@ def main(directory, path):
 
 
 if __name__ == "__main__":
-    try:
-        main(*sys.argv[1:]) if len(sys.argv) == 3 else sys.exit(__doc__)
-    except UsageError as error:
-        sys.exit(f"dream.py: {error}")
+    program(lambda argv: main(*argv) if len(argv) == 2 else __doc__)

@@ -16,7 +16,7 @@ import torch
 
 from evaluate import load_run, print_rows, rollout, writable
 from hierarchy import cosine_max
-from train import UsageError, autocast, make_env, origin, write_json
+from train import UsageError, autocast, make_env, origin, program, write_json
 from world_model import State
 
 
@@ -84,7 +84,4 @@ def main(directory, out):
 
 
 if __name__ == "__main__":
-    try:
-        main(*sys.argv[1:]) if len(sys.argv) == 3 else sys.exit(__doc__)
-    except UsageError as error:
-        sys.exit(f"subgoals.py: {error}")
+    program(lambda argv: main(*argv) if len(argv) == 2 else __doc__)
