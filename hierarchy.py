@@ -554,10 +554,9 @@ if __name__ == "__main__":  # a demonstration: one episode of 18 steps of three 
         flags = [np.array([flag]) for flag in (t == 0, t == last, t == last)]
         observation, reward = np.zeros((1, 4), np.float32), np.float32([t > 0])
         memory, ticks = agent.act(memory, observation, reward, *flags, discretised)
-        cells = []
+        row = ""
         for i, step in enumerate(agent.transitions(ticks)):
             seen = "".join(str(int(z.any())) for z in step["z"]) if i else "o_t"
-            cells.append(f"r={step['reward']:.0f} sees {seen}")
+            row += f"r={step['reward']:.0f} sees {seen}".rjust(18)
         held = [int(level["subgoal"][0, :8].argmax()) for level in memory["levels"][:2]]
-        cells += [""] * (3 - len(cells))
-        print(f"{t:4d}   " + "".join(f"{cell:>18}" for cell in cells) + f"   {held}")
+        print(f"{t:4d}   {row:<54}   {held}")

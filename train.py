@@ -131,9 +131,9 @@ class Config:
 
 PRESETS = {
     "paper": {},  # for a GPU
-    # An hour on two CPU cores, where `paper` would take five days: smaller networks, and a twelfth of the
+    # An hour on two CPU cores, where `paper` would take five days: smaller networks, and a tenth of the
     # updates, for which rates are higher.
-    "cpu": dict(train_every=12, batch_size=8, batch_length=32, stoch=32, classes=16, hidden=128,
+    "cpu": dict(train_every=10, decoded=0.25, batch_size=8, batch_length=32, stoch=32, classes=16, hidden=128,
                 state_size=64, s5_layers=2, units=128, first_stride=4, horizon=10, starts=128, gamma=0.99,
                 slow=0.1, entropy_scale=1e-3, subgoal_weight=0.03, encoder_lr=3e-4, model_lr=1e-3,
                 actor_lr=3e-4, critic_lr=1e-3, autoencoder_lr=1e-3),
