@@ -1025,6 +1025,7 @@ def test_an_update_changes_every_parameter_and_nothing_is_on_the_wrong_device(le
         for name, p in level.named_parameters():
             assert torch.equal(p, before[name]) == name.startswith(unused or "none"), name
         assert all(np.isfinite(value.item()) for value in metrics.values())
+        ghost.levels[i].world_model.decoded = 0.5  # which are decoded is drawn there, too
         metrics = ghost.levels[i].update(batch_of(ghost, i, device="meta"))
         assert all(value.device.type == "meta" for value in metrics.values())
 
