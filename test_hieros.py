@@ -2468,10 +2468,10 @@ def script(name):
     return module
 
 
-def untrained_run(directory, game="breakout", levels=2, seed=0):
-    """The directory of a run that was saved before its first step."""
+def untrained_run(directory, game="breakout", levels=2, seed=0, **settings):
+    """A run that was saved in this directory before its first step."""
     config = train.make_config({"preset": "debug", "game": game, "levels": levels, "seed": seed,
-                                "device": "cpu", "logdir": str(directory)})
+                                "device": "cpu", "logdir": str(directory)} | settings)
     run = train.Run(config, train.make_env(game))
     run.save()
     return run
@@ -3158,6 +3158,28 @@ def test_novelty_is_measured_on_states_of_each_level(tmp_path):
         level.autoencoder.loss = lambda h: (None, seen.append(len(h)) or torch.tensor([1.0, 2.0]))
     with torch.inference_mode():
         assert novelty.novelty(run.agent, train.Atari("boxing"), 9) == [1.5, 1.5] and seen == [9, 3]
+
+
+def test_goals_alone_train_the_actor_of_level_0_and_nothing_that_dreams(tmp_path, monkeypatch):
+    """results/goals_alone.py: new actors and critics of level 0 learn for the subgoal reward alone; the model
+    and its codes stay as they were."""
+    alone, seen = script("goals_alone"), []
+    run = untrained_run(tmp_path, "boxing", levels=2, hindsight=0.5)
+    for _ in range(run.config.batch_length):
+        run.remember(run.act())
+    run.save()
+    monkeypatch.setattr(alone, "subgoal_study", lambda agent, *args, **options: seen.extend(
+        [agent.levels[0], parameters_of(agent.levels[0])]) or [{}])
+    alone.main(tmp_path, tmp_path / "out.jsonl", 3)
+    level, before = seen
+    assert level.weights.tolist() == [0, 1] and level.hindsight == 1
+    assert torch.equal(level.world_model.inputs.weight, run.agent.levels[0].world_model.inputs.weight)
+    for name, p in level.named_parameters():
+        changed = name.startswith(("actor", "critics", "slow_critics"))
+        assert torch.equal(p, before[name]) != changed, name
+    assert json.loads((tmp_path / "out.jsonl").read_text())["updates"] == 0
+    with pytest.raises(train.UsageError, match="without --hindsight"):
+        alone.main(untrained_run(tmp_path / "other", "boxing", levels=2).directory, "-", 3)
 
 
 @slow
