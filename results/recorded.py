@@ -1,5 +1,5 @@
-"""A world model alone, on recorded random play: for `python results/world_model_alone.py` and
-`python results/s5_initialisation.py`; `python results/recorded.py` does nothing."""
+"""A world model alone, on recorded random play: for world_model_alone.py, s5_initialisation.py and decoded.py
+in results/. `python results/recorded.py` does nothing."""
 import numpy as np
 import torch
 
