@@ -2698,6 +2698,18 @@ def test_a_wrong_replay_is_one_clear_line(saved_run, refused, tmp_path, damage):
     assert "run/checkpoint.pt cannot be used: " in line and "ValueError, run/replay-0" in line, line
 
 
+def test_an_older_run_goes_on_as_it_was(saved_run, tmp_path):
+    """A checkpoint of before `decoded` was a setting decoded everything, whatever the preset does now."""
+    shutil.copytree(saved_run, tmp_path / "run")
+    path = tmp_path / "run" / "checkpoint.pt"
+    old = torch.load(path, weights_only=True)
+    old["config"] |= {"preset": "cpu"}
+    del old["config"]["decoded"]
+    torch.save(old, path)
+    assert train.PRESETS["cpu"]["decoded"] < 1
+    assert train.resumed(path, {}, "cpu")[0].config.decoded == 1
+
+
 @pytest.mark.parametrize("flags", ["--levels 3", "--game boxing", "--preset cpu", "--seed 1", "--tau 0.0"])
 def test_a_resumed_run_keeps_its_settings(saved_run, refused, tmp_path, flags):
     """A flag that contradicts the run to be resumed is named, with the value that the run has."""

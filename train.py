@@ -494,7 +494,10 @@ def load_checkpoint(path, device):
     with zipfile.ZipFile(path) as file:
         if file.testzip():  # torch.load would not look, and go on with other weights
             raise ValueError("a checksum is wrong")
-    return tree_map(unpack, torch.load(path, map_location=device, weights_only=True))
+    checkpoint = tree_map(unpack, torch.load(path, map_location=device, weights_only=True))
+    # A run from before this was a setting goes on as it was, not as the preset is now.
+    checkpoint["config"] = {"decoded": 1.0} | checkpoint["config"]
+    return checkpoint
 
 
 def history(checkpoint):
