@@ -388,15 +388,19 @@ def test_loss_by_hand(scaled, fixed_draws):
 
 
 def test_some_decoded_observations_stand_for_all(monkeypatch):
-    """With decoded=0.25 only a quarter of a batch is decoded, another one each time, and the mean of their
-    error is that of all."""
+    """With decoded=0.25 only a quarter of a batch is decoded, another one each time, each from its own state
+    and beside its own observation, and the mean of their error is that of all."""
     model, errors, calls = WorldModel((6,), 3, **TINY), {}, {}
     zeros = torch.zeros(4, 16).bool()
     batch = 9 * torch.randn(4, 16, 6), torch.rand(4, 16, 3), zeros.float(), first_flags(4, 16, 0), zeros
-    spy(monkeypatch, model, "decode", calls)
+    for name in "observe", "decode", "normalise":
+        spy(monkeypatch, model, name, calls)
     for model.decoded, times in (1.0, 1), (0.25, 400):
         errors[model.decoded] = [model.loss(*batch)[2]["loss/vector"].item() for _ in range(times)]
         assert len(calls["decode"][0][0]) == 64 * model.decoded
+    step = (batch[0].flatten(0, 1) == calls["normalise"][0][0][:, None]).all(-1).float().argmax(-1)
+    for decoded, all_of_them in zip(calls["decode"][0], calls["observe"][1]):
+        assert torch.equal(decoded, all_of_them.flatten(0, 1)[step])
     assert len(set(errors[0.25])) > 300
     assert np.isclose(np.mean(errors[0.25]), errors[1.0][0], rtol=0.02)
 
@@ -1010,7 +1014,7 @@ def test_the_first_update_starts_from_the_mean():
 
 
 @pytest.mark.parametrize("levels", [1, 3])
-def test_an_update_changes_every_parameter_and_nothing_is_on_the_wrong_device(levels):
+def test_an_update_changes_every_parameter_and_nothing_is_on_the_wrong_device(levels, monkeypatch):
     """One update trains all networks of a level; on the meta device, where any tensor made elsewhere and any
     peek at a value is an error, the same update runs through: it neither mixes devices nor waits for one."""
     shape = (64, 64, 3)
@@ -1025,7 +1029,9 @@ def test_an_update_changes_every_parameter_and_nothing_is_on_the_wrong_device(le
         for name, p in level.named_parameters():
             assert torch.equal(p, before[name]) == name.startswith(unused or "none"), name
         assert all(np.isfinite(value.item()) for value in metrics.values())
-        ghost.levels[i].world_model.decoded = 0.5  # which are decoded is drawn there, too
+        ghost.levels[i].world_model.decoded = 0.5
+        # An index may be elsewhere, it is copied in silence: whoever draws one must say where.
+        monkeypatch.setattr(torch, "randperm", lambda n, *, device, draw=torch.randperm: draw(n, device=device))
         metrics = ghost.levels[i].update(batch_of(ghost, i, device="meta"))
         assert all(value.device.type == "meta" for value in metrics.values())
 
