@@ -1031,7 +1031,8 @@ def test_an_update_changes_every_parameter_and_nothing_is_on_the_wrong_device(le
         assert all(np.isfinite(value.item()) for value in metrics.values())
         ghost.levels[i].world_model.decoded = 0.5
         # An index may be elsewhere, it is copied in silence: whoever draws one must say where.
-        monkeypatch.setattr(torch, "randperm", lambda n, *, device, draw=torch.randperm: draw(n, device=device))
+        draw = torch.randperm
+        monkeypatch.setattr(torch, "randperm", lambda n, *, device, draw=draw: draw(n, device=device))
         metrics = ghost.levels[i].update(batch_of(ghost, i, device="meta"))
         assert all(value.device.type == "meta" for value in metrics.values())
 

@@ -2,9 +2,9 @@
 
     python results/goals_alone.py RUN OUT.jsonl UPDATES
 
-Takes a run that was trained with --hindsight. Its world models stay as they are, and new actors and critics of
-level 0 learn in dreams under goals in hindsight, for the subgoal reward alone. Every 250 updates a line: what
-results/subgoals.py measures of level 0 in 1,200 steps of play, and the entropy of the policy in nats.
+Takes a run that was trained with --hindsight. Its world models stay as they are, and a new actor and new
+critics of level 0 learn in dreams under goals in hindsight, for the subgoal reward alone. Every 250 updates a
+line: what results/subgoals.py measures of level 0 in 1,200 steps of play, and the policy's entropy in nats.
 """
 import json
 import sys
