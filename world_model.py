@@ -375,16 +375,16 @@ class WorldModel(nn.Module):
         """
         z, h, x, q, p = self.observe(observation, action, is_first)
         reward_logits, cont_logit = self.outcome(z, h)
-        target, codes, states = (field.flatten(0, 1) for field in (observation, z, h))
+        target, some_z, some_h = (field.flatten(0, 1) for field in (observation, z, h))
         if self.decoded < 1:
             # On a CPU the decoder takes half of this loss's time. The mean error of some observations, drawn
             # anew in each update, is in expectation that of all.
             n = max(1, round(self.decoded * len(target)))
             pick = torch.randperm(len(target), device=target.device)[:n]
-            target, codes, states = target[pick], codes[pick], states[pick]
+            target, some_z, some_h = target[pick], some_z[pick], some_h[pick]
         # At higher levels the observation holds *samples* of z, whose best forecast are their probabilities:
         # most of this error is then noise that no decoder can reduce, and does not mean a bad model.
-        error = F.mse_loss(self.decode(codes, states, normalised=True), self.normalise(target),
+        error = F.mse_loss(self.decode(some_z, some_h, normalised=True), self.normalise(target),
                            reduction="sum") / len(target)
         losses = {"image" if observation.ndim == 5 else "vector": error,
                   "rew": self.twohot.loss(reward_logits, reward).mean(),
