@@ -207,11 +207,9 @@ class Level(nn.Module):
       no change. The return, too, reaches k ticks far: what comes later is not this goal's.
     - *Hindsight goals* (HER, arXiv 1707.01495), in this share of the dreams: what the replayed sequence did
       next. That can be done from here, whatever the level above asks for.
-    - *Hindsight actions* (HAC, arXiv 1712.00948), in this share of the upper world model's steps: what the
-      level below did, in place of what it was told. So the model knows what a followed goal does before one
-      is followed; the other steps keep it honest about those that are not.
-    - The reward *reached* (HAC's subgoal testing): a level is paid for goals that the one below, its model
-      says, will come near. Most codes are of nothing that can be done here; neither score nor novelty say so.
+    - The reward *reached* (as HAC tests subgoals, arXiv 1712.00948): a level is paid for goals that the one
+      below, its model says, will come near. Most codes are of nothing that can be done here; neither score
+      nor novelty say so.
 
     Both have the weight of `subgoal`. Where nothing else is rewarded, 1; beside a game's reward 0.1: at 1 an
     agent that had found a reward went back to following goals for their own sake, and lost it for good.
@@ -285,14 +283,6 @@ class Level(nn.Module):
         done = self.autoencoder.code(self.named(h.gather(1, later[..., None].expand_as(h)), h))
         return torch.where(swap[..., None], done, subgoal)
 
-    def hindsight_actions(self, action, batch, below):
-        """Actions (B,T,8*8), a share of them replaced by the code of what the level below did instead."""
-        h = symexp(batch["h"][:, :, -1])  # of the level below, whenever this one ticked
-        swap = ~batch["is_first"][:, 1:] & (torch.rand_like(batch["reward"][:, 1:]) < self.hindsight)
-        done = below.autoencoder.code(below.named(h[:, 1:], h[:, :-1]))
-        # No one knows what came after the last step.
-        return torch.cat([torch.where(swap[..., None], done, action[:, :-1]), action[:, -1:]], 1)
-
     def update(self, batch):
         """One training step of everything in this level, on a replay batch of tensors (B,T,...).
 
@@ -301,11 +291,6 @@ class Level(nn.Module):
         observation = self.observation(batch)
         action = onehot(batch["action"], self.action_shape[1]).flatten(-2)
         subgoal = onehot(batch["subgoal"], self.subgoal_shape[1]).flatten(-2)
-
-        below, = self.below
-        if below and self.hindsight:
-            with torch.no_grad():
-                action = self.hindsight_actions(action, batch, below)
 
         # 1. The world model, on real sequences.
         self.world_model.update_statistics(observation)
@@ -344,6 +329,7 @@ class Level(nn.Module):
                 reward["subgoal"] = self.nearness(subgoal, states.h[1:], states.h[0])
         if "reached" in self.rewards:
             with torch.no_grad():  # the last of the k states that this level expects to see of the one below
+                below, = self.below
                 h = symexp(self.world_model.decode(states.z, states.h)[..., -below.world_model.hidden:])
                 reward["reached"] = below.nearness(actions, h[1:], h[:-1])
         reward = torch.stack([reward[name] for name in self.rewards], -1)  # (horizon, N, R)

@@ -2,8 +2,8 @@
 
     python results/without.py PART SEED OUT.json STEPS
 
-PART: changes (a goal is a place, the code of h itself), goals (none in hindsight), actions (none in
-hindsight), reached (no reward for goals that come true), life (a goal's return reaches as far as any other).
+PART: changes (a goal is a place, the code of h itself), goals (none in hindsight), reached (no
+reward for goals that come true), life (a goal's return reaches as far as any other).
 """
 import sys
 from pathlib import Path
@@ -14,7 +14,7 @@ sys.path.append(str(Path(__file__).parent))  # last: results/profile.py hides Py
 import grid_rooms
 import hierarchy
 
-PARTS = ("changes", "goals", "actions", "reached", "life")
+PARTS = ("changes", "goals", "reached", "life")
 
 
 class Without(hierarchy.Level):
@@ -30,9 +30,6 @@ class Without(hierarchy.Level):
 
     def hindsight_goals(self, subgoal, *others):
         return subgoal if PART == "goals" else super().hindsight_goals(subgoal, *others)
-
-    def hindsight_actions(self, action, *others):
-        return action if PART == "actions" else super().hindsight_actions(action, *others)
 
 
 if __name__ == "__main__":
