@@ -288,9 +288,9 @@ class Level(nn.Module):
 
         Returns metrics {name: scalar tensor}, still on the device.
         """
-        observation = self.observation(batch)
-        action = onehot(batch["action"], self.action_shape[1]).flatten(-2)
-        subgoal = onehot(batch["subgoal"], self.subgoal_shape[1]).flatten(-2)
+        observation = self.observation(batch)  # (B,T,*observation_shape)
+        action = onehot(batch["action"], self.action_shape[1]).flatten(-2)  # (B,T,A)
+        subgoal = onehot(batch["subgoal"], self.subgoal_shape[1]).flatten(-2)  # (B,T,8*8)
 
         # 1. The world model, on real sequences.
         self.world_model.update_statistics(observation)
@@ -306,9 +306,9 @@ class Level(nn.Module):
         # 2. Imagine from the states of the batch, each with the subgoal that was held there, for the whole
         # rollout: longer than its k ticks of life, but what comes after is known to no one (as published).
         # Nothing comes after a terminal state: what is imagined from one has weight zero.
-        states = states.map(lambda field: field.flatten(0, 1))
+        states = states.map(lambda field: field.flatten(0, 1))  # (B*T,...)
         subgoal, alive = subgoal.flatten(0, 1), 1 - batch["is_terminal"].flatten().float()
-        if self.starts < len(alive):
+        if self.starts < len(alive):  # the rest is left out: (N,...)
             pick = torch.randperm(len(alive), device=alive.device)[:self.starts]
             states, subgoal, alive = states.map(lambda field: field[pick]), subgoal[pick], alive[pick]
         states, actions = self.world_model.imagine(states, lambda state: self.policy(state, subgoal),
@@ -331,11 +331,12 @@ class Level(nn.Module):
             with torch.no_grad():  # the last of the k states that this level expects to see of the one below
                 below, = self.below
                 h = symexp(self.world_model.decode(states.z, states.h)[..., -below.world_model.hidden:])
+                # An action is a goal for below, set at the state before; at its end it should be near.
                 reward["reached"] = below.nearness(actions, h[1:], h[:-1])
         reward = torch.stack([reward[name] for name in self.rewards], -1)  # (horizon, N, R)
 
         # 4. Actor and critics.
-        feature = states.feature(subgoal.expand(len(states.h), -1, -1))
+        feature = states.feature(subgoal.expand(len(states.h), -1, -1))  # (horizon+1, N, F)
         return metrics | self.update_behaviour(feature, actions, reward, self.gamma * states.cont[1:], alive)
 
     def update_behaviour(self, feature, actions, reward, discount, alive):
@@ -350,16 +351,16 @@ class Level(nn.Module):
         with torch.no_grad():
             value = twohot.mean(logits)  # (horizon+1, N, R)
             returns = lambda_return(reward, discount[..., None] * self.stays, value[1:], self.lam)
-            scale = self.normaliser.update(returns)
+            scale = self.normaliser.update(returns)  # (R,): rewards of any size count by their weights
             advantage = ((returns - value[:-1]) / scale * self.weights).sum(-1)  # (horizon, N)
             # How likely it is that the episode has not ended before state t.
             weight = torch.cumprod(torch.cat([alive[None], discount[:-1]]), 0)
-            slow_value = twohot.mean(self.slow_critics(feature[:-1]))
+            slow_value = twohot.mean(self.slow_critics(feature[:-1]))  # (horizon, N, R)
 
         p = self.actor(feature[:-1])  # (horizon, N, n, classes)
         # The joint probability of n independent choices: their log-probabilities are summed.
-        log_p = log_prob(p, actions.unflatten(-1, self.action_shape))
-        policy_entropy = entropy(p)
+        log_p = log_prob(p, actions.unflatten(-1, self.action_shape))  # (horizon, N)
+        policy_entropy = entropy(p)  # (horizon, N)
         actor_loss = -(weight * (log_p * advantage + self.entropy_scale * policy_entropy)).mean()
         # The slow copy holds the critic back, or it would chase its own bootstrapped predictions.
         critic_loss = twohot.loss(logits[:-1], returns) + twohot.loss(logits[:-1], slow_value)
@@ -398,6 +399,8 @@ class Hieros(nn.Module):
         shape = (3, 64, 64) if image else tuple(observation_shape)
         stored = {"observation": (tuple(observation_shape), np.uint8 if image else np.float32)}
         for i in range(levels):
+            # Who is given goals is paid for following them; who sets them, for where it has seldom been: to
+            # explore is the upper levels' work, on their longer time scales (Hieros).
             names = ["extrinsic"] + ["subgoal"] * (i < levels - 1) + ["novelty"] * (i > 0)
             names += ["reached"] * (i > 0 and behaviour["hindsight"] > 0)
             rewards = {name: weights["subgoal" if name == "reached" else name] for name in names}
@@ -468,14 +471,14 @@ class Hieros(nn.Module):
                 seen = level.observation({"observation": torch.as_tensor(observation).to(now["z"].device)})
             else:
                 tick["recent"] = levels[i - 1]["recent"]
-                seen = tick["recent"].flatten(1)
+                seen = tick["recent"].flatten(1)  # (n, k*(Z+H)), as the replay will show it
             tick["state"] = state = level.world_model.observe_step(now["x"], now["z"], now["action"], seen,
                                                                    discretised[i])
-            newest = torch.cat([state.z.flatten(-2), symlog(state.h)], -1)[:, None]
-            recent = torch.cat([now["recent"][:, 1:], newest], 1)
+            newest = torch.cat([state.z.flatten(-2), symlog(state.h)], -1)[:, None]  # (n, 1, Z+H)
+            recent = torch.cat([now["recent"][:, 1:], newest], 1)  # (n, k, Z+H): the oldest goes
             for name, value in (("x", state.x), ("z", state.z), ("recent", recent)):
                 now[name] = _where(ticked, value, now[name])
-            now["reward"] = np.where(ticked, 0, now["reward"])
+            now["reward"] = np.where(ticked, 0, now["reward"])  # it is in this tick, and counts once
             ticks.append(tick)
 
         # Top-down: each ticking level chooses; the one below, which ticks whenever it does, holds the choice.
@@ -503,6 +506,7 @@ class Hieros(nn.Module):
                 fields.append((i, "h", h))
         copied = torch.cat([tensor.flatten().float() for *_, tensor in fields]).cpu().numpy()
         ends = np.cumsum([tensor.numel() for *_, tensor in fields])
+        # What the environment gave, and whether an episode began or ended, are arrays already.
         steps = [{name: tick[name][0] for name in self.specs[i] if isinstance(tick.get(name), np.ndarray)}
                  for i, tick in enumerate(ticks)]
         for (i, name, _), part in zip(fields, np.split(copied, ends)):

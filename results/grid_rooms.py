@@ -14,7 +14,6 @@ sys.path[0] = str(Path(__file__).parents[1])  # the project's root in place of r
 sys.path.append(str(Path(__file__).parent))  # last: results/profile.py hides Python's own
 
 import numpy as np
-import torch
 from gymnasium import Env
 from gymnasium.spaces import Box, Discrete
 
@@ -73,8 +72,7 @@ def trained(env, **settings):
 def main(seed, hindsight, out, steps):
     """Train, measure, write."""
     run, how = trained(GridRooms(), seed=int(seed), hindsight=float(hindsight), steps=int(steps))
-    with torch.inference_mode():
-        study = subgoal_study(run.agent, GridRooms(), 1, steps=2000)
+    study = subgoal_study(run.agent, GridRooms(), 1, steps=2000)
     train.write_json({"game": "grid_rooms", "seed": int(seed), "hindsight": float(hindsight),
                       "agent_steps": int(steps), "levels": study} | how | train.origin(), out)
 

@@ -35,25 +35,22 @@ def controllable(level, state, actions, copies=8):
     return shares
 
 
+@torch.inference_mode()
 def subgoal_study(agent, env, seed, steps=4000):
     """The above: [{"level": number, what is measured: value}]."""
-    lower = range(len(agent.levels) - 1)
-    codes, states, ends = ([[] for _ in lower] for _ in range(3))
+    goals, ends, study = [[] for _ in agent.levels[1:]], [[] for _ in agent.levels[1:]], []
     for now, memory, ticks in rollout(agent, env, steps, seed):
-        for i in lower[:len(ticks) - 1]:  # these levels have just been given a new goal
+        for i, tick in enumerate(ticks[:-1]):  # these levels have just been given a new goal
             if not now["is_first"][0]:
-                ends[i].append(ticks[i]["state"].h)
-            elif codes[i]:  # set when the last episode was over: nobody ever followed it
-                codes[i].pop(), states[i].pop()
-            codes[i].append(memory["levels"][i]["subgoal"])
-            states[i].append(ticks[i]["state"])
-    study = []
+                ends[i].append(tick["state"].h)
+            elif goals[i]:  # set when the last episode was over: nobody ever followed it
+                goals[i].pop()
+            goals[i].append((memory["levels"][i]["subgoal"], tick["state"]))
     for i, level in enumerate(agent.levels[:-1]):
-        count = len(ends[i])
-        code, end = torch.cat(codes[i][:count]), torch.cat(ends[i])
-        state = State(*map(torch.cat, zip(*states[i][:count])))
+        codes, states = zip(*goals[i][:len(ends[i])])
+        code, end, state = torch.cat(codes), torch.cat(ends[i]), State(*map(torch.cat, zip(*states)))
         start, done = state.h, level.named(end, state.h)
-        best, another = level.autoencoder.code(done), lambda code: code.roll(count // 2, 0)
+        best, another = level.autoencoder.code(done), lambda code: code.roll(len(code) // 2, 0)
         imagine = level.world_model.imagine
         end_of = lambda goal: imagine(state, lambda now: level.policy(now, goal), level.k)[0].h[-1]
         p, q = level.actor(state.feature(code)), level.actor(state.feature(another(code)))
@@ -63,8 +60,9 @@ def subgoal_study(agent, env, seed, steps=4000):
                   "told": torch.stack([cosine_max(g, done).max() for g in level.autoencoder.decode(code)]),
                   "able": level.nearness(best, end_of(best), start),
                   "unled": level.nearness(best, end_of(another(best)), start)}
-        actions = torch.cat(codes[i - 1][:16]) if i else torch.eye(level.action_shape[1], device=code.device)
-        study.append({"level": i, "goals": count}
+        actions = (torch.cat([code for code, _ in goals[i - 1][:16]]) if i else
+                   torch.eye(level.action_shape[1], device=code.device))
+        study.append({"level": i, "goals": len(code)}
                      | {name: round(float(value.mean()), 4) for name, value in values.items()}
                      | controllable(level, state, actions))
     return study
@@ -77,7 +75,7 @@ def main(directory, out):
     if config.levels == 1:
         raise UsageError(f"{directory} was trained with --levels 1 and has no subgoals")
     torch.manual_seed(0)
-    with torch.inference_mode(), autocast(config):
+    with autocast(config):
         study = subgoal_study(agent, make_env(config.game), seed=0)
     write_json({"game": config.game, "agent_steps": history["step"], "levels": study} | origin(), out)
     print_rows([*study[0]], *[[str(value) for value in row.values()] for row in study])
