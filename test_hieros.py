@@ -3174,6 +3174,30 @@ def test_novelty_is_measured_on_states_of_each_level(tmp_path):
         assert novelty.novelty(run.agent, train.Atari("boxing"), 9) == [1.5, 1.5] and seen == [9, 3]
 
 
+def test_what_can_be_foreseen_is_taken_away_from_a_change(tmp_path):
+    """results/remainder.py: of a change that is mostly the start's, an action's and chance's shares rise when
+    that part is taken away; together they are all of it, before and after."""
+    agent = untrained_run(tmp_path, "boxing", levels=2).agent
+    model = agent.levels[0].world_model
+    states = State(*[torch.randn(64, 1, 64)] * 6)
+
+    def imagine(start, policy, k):
+        h, random = start.h, torch.eye(18)[torch.randint(18, (len(start.h),))]
+        action = random if len(h) == 128 else policy(start)  # while it learns to foresee; then held ones
+        end = h + 2 * h[:, :1] + 4 * action @ torch.eye(18, 64) + 0.5 * torch.randn_like(h)
+        return State(*[torch.stack([h, end])] * 6), None
+
+    remainder, model.imagine = script("remainder"), imagine
+    remainder.rollout = lambda *others, **options: [
+        (None, {"levels": [{"subgoal": torch.zeros(1, 64)}]}, [{"state": State(*each)}])
+        for each in zip(*states)]
+    torch.manual_seed(0)
+    shares = remainder.study(train.Config(hidden=64, units=64), agent, updates=80)
+    (scene, action, _), (rest, more, _) = (shares[name]["controllable"] for name in ("change", "remainder"))
+    assert scene > 0.8 and rest < 0.5 and more > 2 * action and shares["kept"] < 0.5, shares
+    assert all(abs(sum(shares[name]["controllable"]) - 1) < 0.05 for name in ("change", "remainder"))
+
+
 def test_goals_alone_train_the_actor_of_level_0_and_nothing_that_dreams(tmp_path, monkeypatch):
     """results/goals_alone.py: new actors and critics of level 0 learn for the subgoal reward alone; the model
     and its codes stay as they were."""

@@ -38,8 +38,7 @@ def main(directory, out, updates):
     for i in range(int(updates) + 1):
         if i % 250 == 0:
             torch.manual_seed(i)
-            with torch.inference_mode():
-                study = subgoal_study(run.agent, train.make_env(run.config.game), 0, steps=1200)
+            study = subgoal_study(run.agent, train.make_env(run.config.game), 0, steps=1200)
             line = json.dumps({"game": run.config.game, "agent_steps": run.step, "updates": i, **study[0],
                                "entropy": entropy} | train.origin())
             print(line)
