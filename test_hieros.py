@@ -2440,10 +2440,13 @@ def test_it_learns(tmp_path):
     # Random play for a while first: an agent that has hardly ever seen a block caught in some column takes
     # that column for worthless, stays away from it, and so never learns better.
     run = train.Run(catch_config(tmp_path, levels=2, steps=4200, warmup=800, save_every=4200), Catch())
-    untrained = np.mean(train.play(run.agent, Catch, 48, seed=1, progress=False))
-    train.train(run, progress=False)
-    trained = np.mean(train.play(run.agent, Catch, 48, seed=1, progress=False))
-    assert untrained < 1.0 and trained >= 0.9 * Catch.DROPS, (untrained, trained)
+    scores = [np.mean(train.play(run.agent, Catch, 48, seed=1, progress=False))]
+    for run.config.steps in (2400, 3300, 4200):  # 2.98 of 3 after 2,400; it may take longer
+        train.train(run, progress=False)
+        scores.append(np.mean(train.play(run.agent, Catch, 48, seed=1, progress=False)))
+        if scores[-1] >= 0.9 * Catch.DROPS:
+            break
+    assert scores[0] < 1.0 and scores[-1] >= 0.9 * Catch.DROPS, scores
 
 
 @slow
