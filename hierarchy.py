@@ -237,6 +237,8 @@ class Level(nn.Module):
         self.critics = Critics(inputs, len(rewards), units, mlp_layers)
         self.slow_critics = copy.deepcopy(self.critics).requires_grad_(False)
         self.autoencoder = SubgoalAutoencoder(self.world_model.hidden, code_shape, units, mlp_layers)
+        # What of h comes anyway within 1 ... k ticks, whatever is done.
+        self.foresee = MLP(self.world_model.hidden + k, self.world_model.hidden, units, mlp_layers)
         self.normaliser = ReturnNormaliser([self.FLOORS[name] for name in rewards])
         # What is left of a reward's cause a tick later: a goal lives k ticks, its choice is judged once.
         stays = {"subgoal": 1 - 1 / k, "reached": 0.0} if hindsight else {}
@@ -249,7 +251,8 @@ class Level(nn.Module):
             "model": Optimiser(1e-8, 1000, (encoder, encoder_lr), (others, model_lr)),
             "actor": Optimiser(1e-5, 100, (self.actor.parameters(), actor_lr)),
             "critic": Optimiser(1e-5, 100, (self.critics.parameters(), critic_lr)),
-            "autoencoder": Optimiser(1e-6, 100, (self.autoencoder.parameters(), autoencoder_lr))}
+            "autoencoder": Optimiser(1e-6, 100, (self.autoencoder.parameters(), autoencoder_lr)),
+            "foresee": Optimiser(1e-6, 100, (self.foresee.parameters(), autoencoder_lr))}
 
     def policy(self, state, subgoal):
         """Draw an action (N, n*classes) for N States and subgoal codes (N, 8*8)."""
@@ -264,13 +267,22 @@ class Level(nn.Module):
         z = onehot(batch["z"], self.world_model.z_shape[1], first=1).flatten(-2)
         return torch.cat([z, batch["h"]], -1).flatten(-2)
 
-    def named(self, h, start):
-        """What of h (...,H) a code stands for: the change since `start`; at the top, and in the paper, h."""
-        return h - start if self.relative else h
+    def expected(self, start, ticks):
+        """The change of h (...,H) that comes anyway in so many ticks, 1 ... k, a number or (...) integers."""
+        ticks = onehot(torch.as_tensor(ticks, device=start.device), self.k, first=1)
+        return self.foresee(torch.cat([start, ticks.expand(*start.shape[:-1], -1)], -1)).float()
 
-    def nearness(self, code, h, start):
+    def named(self, h, start, ticks=None):
+        """What of h (...,H) a code stands for: the change since `start`, ticks ago (k), beyond what comes
+        anyway; at the top, and in the paper, h itself."""
+        if not self.relative:
+            return h
+        start = start.expand_as(h)
+        return h - start - self.expected(start, self.k if ticks is None else ticks)
+
+    def nearness(self, code, h, start, ticks=None):
         """The subgoal reward (...) at h (...,H) for a code (...,8*8) that was set at `start` (...,H)."""
-        return cosine_max(self.autoencoder.decode(code), self.named(h, start))
+        return cosine_max(self.autoencoder.decode(code), self.named(h, start, ticks))
 
     def hindsight_goals(self, subgoal, h, is_first):
         """Subgoals (B,T,8*8), a share of them replaced by the code of what came 1 ... k ticks later."""
@@ -280,7 +292,7 @@ class Level(nn.Module):
         episode = is_first.cumsum(1)
         known = (later > now) & (episode.gather(1, later) == episode)
         swap = known & (torch.rand_like(h[..., 0]) < self.hindsight)
-        done = self.autoencoder.code(self.named(h.gather(1, later[..., None].expand_as(h)), h))
+        done = self.autoencoder.code(self.named(h.gather(1, later[..., None].expand_as(h)), h, later - now))
         return torch.where(swap[..., None], done, subgoal)
 
     def update(self, batch):
@@ -316,17 +328,24 @@ class Level(nn.Module):
 
         # 3. Rewards of the states 1 ... horizon; the autoencoder learns on the way.
         reward = {"extrinsic": states.reward[1:]}
+        ticks = torch.arange(1, self.horizon + 1, device=alive.device)[:, None]
         if len(self.rewards) > 1:  # there is a level above or below; a flat agent has no use for subgoals
             # As a goal's end is: k ticks later, or less.
             first, k = states.h[:1], min(self.k, self.horizon)
             before = torch.cat([first.expand(k, -1, -1), states.h[1:-k]])
-            loss, reward["novelty"] = self.autoencoder.loss(self.named(states.h[1:], before))
+            named = self.named(states.h[1:], before, ticks.clamp(max=k))
+            if self.relative:
+                named.square().sum(-1).mean().backward()
+                self.optimisers["foresee"].step()
+            loss, reward["novelty"] = self.autoencoder.loss(named.detach())
             metrics["loss/autoencoder"] = loss.detach()
             loss.backward()
             metrics["opt/autoencoder_grad_norm"] = self.optimisers["autoencoder"].step()
         if "subgoal" in self.rewards:
             with torch.no_grad():
-                reward["subgoal"] = self.nearness(subgoal, states.h[1:], states.h[0])
+                reward["subgoal"] = self.nearness(subgoal, states.h[1:], states.h[0], ticks.clamp(max=self.k))
+                if self.relative:
+                    reward["subgoal"] = reward["subgoal"] * (ticks <= self.k)
         if "reached" in self.rewards:
             with torch.no_grad():  # the last of the k states that this level expects to see of the one below
                 below, = self.below
