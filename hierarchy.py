@@ -204,7 +204,10 @@ class Level(nn.Module):
 
     - A subgoal is a *change* of h since the tick that set it (FeUdal Networks, arXiv 1703.01161). States have
       most of h in common: one in the middle is near every goal, and to stay there pays for all of them. It is
-      no change. The return, too, reaches k ticks far: what comes later is not this goal's.
+      no change. Reward and return, too, reach k ticks far: what comes later is not this goal's.
+    - Of that change it names what is *beyond what comes anyway*, as a small network foresees it from the
+      first h. In Freeway 97% comes anyway, the traffic: a goal of that is reached whatever one does, so
+      nobody obeys, and the code has no words left for the rest.
     - *Hindsight goals* (HER, arXiv 1707.01495), in this share of the dreams: what the replayed sequence did
       next. That can be done from here, whatever the level above asks for.
     - The reward *reached* (as HAC tests subgoals, arXiv 1712.00948): a level is paid for goals that the one
@@ -237,8 +240,6 @@ class Level(nn.Module):
         self.critics = Critics(inputs, len(rewards), units, mlp_layers)
         self.slow_critics = copy.deepcopy(self.critics).requires_grad_(False)
         self.autoencoder = SubgoalAutoencoder(self.world_model.hidden, code_shape, units, mlp_layers)
-        # What of h comes anyway within 1 ... k ticks, whatever is done.
-        self.foresee = MLP(self.world_model.hidden + k, self.world_model.hidden, units, mlp_layers)
         self.normaliser = ReturnNormaliser([self.FLOORS[name] for name in rewards])
         # What is left of a reward's cause a tick later: a goal lives k ticks, its choice is judged once.
         stays = {"subgoal": 1 - 1 / k, "reached": 0.0} if hindsight else {}
@@ -251,8 +252,10 @@ class Level(nn.Module):
             "model": Optimiser(1e-8, 1000, (encoder, encoder_lr), (others, model_lr)),
             "actor": Optimiser(1e-5, 100, (self.actor.parameters(), actor_lr)),
             "critic": Optimiser(1e-5, 100, (self.critics.parameters(), critic_lr)),
-            "autoencoder": Optimiser(1e-6, 100, (self.autoencoder.parameters(), autoencoder_lr)),
-            "foresee": Optimiser(1e-6, 100, (self.foresee.parameters(), autoencoder_lr))}
+            "autoencoder": Optimiser(1e-6, 100, (self.autoencoder.parameters(), autoencoder_lr))}
+        if self.relative:
+            self.foresee = MLP(self.world_model.hidden + k, self.world_model.hidden, units, mlp_layers)
+            self.optimisers["foresee"] = Optimiser(1e-6, 100, (self.foresee.parameters(), autoencoder_lr))
 
     def policy(self, state, subgoal):
         """Draw an action (N, n*classes) for N States and subgoal codes (N, 8*8)."""
@@ -267,22 +270,18 @@ class Level(nn.Module):
         z = onehot(batch["z"], self.world_model.z_shape[1], first=1).flatten(-2)
         return torch.cat([z, batch["h"]], -1).flatten(-2)
 
-    def expected(self, start, ticks):
-        """The change of h (...,H) that comes anyway in so many ticks, 1 ... k, a number or (...) integers."""
-        ticks = onehot(torch.as_tensor(ticks, device=start.device), self.k, first=1)
-        return self.foresee(torch.cat([start, ticks.expand(*start.shape[:-1], -1)], -1)).float()
-
-    def named(self, h, start, ticks=None):
-        """What of h (...,H) a code stands for: the change since `start`, ticks ago (k), beyond what comes
-        anyway; at the top, and in the paper, h itself."""
+    def origin(self, start, ticks=None):
+        """Where h (...,H) will be after so many ticks, k or (...) integers 1 ... k, by what comes anyway. To
+        this point a subgoal is relative; at the top, and in the paper, to zero."""
         if not self.relative:
-            return h
-        start = start.expand_as(h)
-        return h - start - self.expected(start, self.k if ticks is None else ticks)
+            return torch.zeros_like(start)
+        ticks = torch.full(start.shape[:-1], self.k, device=start.device) if ticks is None else ticks
+        ticks = onehot(ticks, self.k, first=1).expand(*start.shape[:-1], -1)
+        return start + self.foresee(torch.cat([start, ticks], -1)).float()
 
     def nearness(self, code, h, start, ticks=None):
         """The subgoal reward (...) at h (...,H) for a code (...,8*8) that was set at `start` (...,H)."""
-        return cosine_max(self.autoencoder.decode(code), self.named(h, start, ticks))
+        return cosine_max(self.autoencoder.decode(code), h - self.origin(start, ticks))
 
     def hindsight_goals(self, subgoal, h, is_first):
         """Subgoals (B,T,8*8), a share of them replaced by the code of what came 1 ... k ticks later."""
@@ -292,7 +291,8 @@ class Level(nn.Module):
         episode = is_first.cumsum(1)
         known = (later > now) & (episode.gather(1, later) == episode)
         swap = known & (torch.rand_like(h[..., 0]) < self.hindsight)
-        done = self.autoencoder.code(self.named(h.gather(1, later[..., None].expand_as(h)), h, later - now))
+        there = h.gather(1, later[..., None].expand_as(h))
+        done = self.autoencoder.code(there - self.origin(h, later - now))
         return torch.where(swap[..., None], done, subgoal)
 
     def update(self, batch):
@@ -328,24 +328,26 @@ class Level(nn.Module):
 
         # 3. Rewards of the states 1 ... horizon; the autoencoder learns on the way.
         reward = {"extrinsic": states.reward[1:]}
-        ticks = torch.arange(1, self.horizon + 1, device=alive.device)[:, None]
+        ticks = torch.arange(1, self.horizon + 1, device=alive.device)[:, None]  # since the dream began
         if len(self.rewards) > 1:  # there is a level above or below; a flat agent has no use for subgoals
             # As a goal's end is: k ticks later, or less.
             first, k = states.h[:1], min(self.k, self.horizon)
             before = torch.cat([first.expand(k, -1, -1), states.h[1:-k]])
-            named = self.named(states.h[1:], before, ticks.clamp(max=k))
+            named = states.h[1:] - self.origin(before, ticks.clamp(max=k))
             if self.relative:
-                named.square().sum(-1).mean().backward()
-                self.optimisers["foresee"].step()
+                loss = named.square().sum(-1).mean()
+                metrics["loss/foresee"] = loss.detach()
+                loss.backward()
+                metrics["opt/foresee_grad_norm"] = self.optimisers["foresee"].step()
             loss, reward["novelty"] = self.autoencoder.loss(named.detach())
             metrics["loss/autoencoder"] = loss.detach()
             loss.backward()
             metrics["opt/autoencoder_grad_norm"] = self.optimisers["autoencoder"].step()
         if "subgoal" in self.rewards:
             with torch.no_grad():
-                reward["subgoal"] = self.nearness(subgoal, states.h[1:], states.h[0], ticks.clamp(max=self.k))
-                if self.relative:
-                    reward["subgoal"] = reward["subgoal"] * (ticks <= self.k)
+                start = states.h[:1].expand_as(states.h[1:])
+                near = self.nearness(subgoal, states.h[1:], start, ticks.clamp(max=self.k))
+                reward["subgoal"] = near * (ticks <= self.k) if self.relative else near
         if "reached" in self.rewards:
             with torch.no_grad():  # the last of the k states that this level expects to see of the one below
                 below, = self.below

@@ -1013,14 +1013,14 @@ def test_the_first_update_starts_from_the_mean():
     assert torch.allclose(metrics["loss/image"], observation.var((0, 1), correction=0).sum(), rtol=1e-4)
 
 
-@pytest.mark.parametrize("levels", [1, 3])
-def test_an_update_changes_every_parameter_and_nothing_is_on_the_wrong_device(levels, monkeypatch):
+@pytest.mark.parametrize("levels, hindsight", [(1, 0.0), (3, 0.0), (3, 0.5)])
+def test_an_update_changes_every_parameter_and_nothing_is_on_the_wrong_device(levels, hindsight, monkeypatch):
     """One update trains all networks of a level; on the meta device, where any tensor made elsewhere and any
     peek at a value is an error, the same update runs through: it neither mixes devices nor waits for one."""
     shape = (64, 64, 3)
-    agent = small(levels, shape, actor_lr=1e-2, horizon=3)  # at 3e-5 two steps vanish in rounding
+    agent = small(levels, shape, actor_lr=1e-2, horizon=3, hindsight=hindsight)  # at 3e-5 two steps vanish
     with torch.device("meta"):
-        ghost = small(levels, shape, horizon=3)
+        ghost = small(levels, shape, horizon=3, hindsight=hindsight)
     for i, level in enumerate(agent.levels):
         before = parameters_of(level)
         for _ in range(3):  # heads that start at zero pass on gradients only later
@@ -1061,20 +1061,22 @@ PINNED = [
 
 
 def test_hindsight_takes_what_was_done():
-    """A goal in hindsight is the code of how h changed within 1 ... k ticks of the same episode. At an
-    episode's end, and where nothing follows, it stays."""
+    """A goal in hindsight is the code of how h changed within 1 ... k ticks of the same episode, beyond what
+    was foreseen of so many ticks. At an episode's end, and where nothing follows, it stays."""
     below, T = small(2, hindsight=1.0).levels[0], 12
+    below.foresee.forward = lambda inputs: -9 * inputs[..., -4:] @ torch.arange(1.0, 5)[:, None]
     below.autoencoder.code = lambda h: h  # tells what it is asked
     h, first = torch.arange(T).float()[None, :, None].repeat(3, 1, 64), first_flags(3, T, 0, 5)
     kept = torch.full_like(h, -1.0)
     goals = torch.stack([below.hindsight_goals(kept, h, first)[..., 0] for _ in range(50)])
-    assert set(goals[:, :, 0].flatten().tolist()) == {1, 2, 3, 4} and (goals[..., 4] == -1).all()
-    assert set(goals[:, :, 3].flatten().tolist()) == {1, -1} and (goals[..., T - 1] == -1).all()
+    assert set(goals[:, :, 0].flatten().tolist()) == {10, 20, 30, 40} and (goals[..., 4] == -1).all()
+    assert set(goals[:, :, 3].flatten().tolist()) == {10, -1} and (goals[..., T - 1] == -1).all()
 
 
 def test_a_goal_is_a_change_and_pays_both_levels(monkeypatch):
     """With hindsight the subgoal reward is the cosine-max of the change asked for and the change since the
-    dream began; the level above is paid the same for each goal, by what its own model expects of h below."""
+    dream began, beyond what was foreseen, for k ticks; the level above is paid the same for each goal, by
+    what its own model expects of h below."""
     agent = lively(small(2, hindsight=0.5, horizon=6, starts=5))
     below, level = agent.levels
     for each in agent.levels:
@@ -1085,15 +1087,39 @@ def test_a_goal_is_a_change_and_pays_both_levels(monkeypatch):
         states, actions = calls["imagine"][1]
         feature, _, reward, *_ = calls["update_behaviour"][0]
         if each is below:
-            asked, made = below.autoencoder.decode(feature[1:, :, -64:]), states.h[1:] - states.h[0]
+            asked, start = below.autoencoder.decode(feature[1:, :, -64:]), states.h[:1].expand(6, -1, -1)
+            made = states.h[1:] - below.origin(start, torch.tensor([1, 2, 3, 4, 4, 4])[:, None])
+            made[4:] = 0
+            assert not torch.allclose(below.origin(start), start)
         else:
             h = symexp(level.world_model.decode(states.z, states.h)[..., -64:])
-            asked, made = below.autoencoder.decode(actions), h[1:] - h[:-1]
+            asked, made = below.autoencoder.decode(actions), h[1:] - below.origin(h[:-1])
         column = list(each.rewards).index("subgoal" if each is below else "reached")
         assert torch.allclose(reward[..., column], cosine_max(asked, made), atol=1e-5)
     assert list(level.rewards) == ["extrinsic", "novelty", "reached"]
     assert list(small(2).levels[1].rewards) == [
         "extrinsic", "novelty"]
+
+
+def test_what_comes_anyway_is_foreseen():
+    """Where no action matters the network that foresees comes to know how h changes in 1 ... k ticks."""
+    torch.manual_seed(0)
+    level = small(2, hindsight=0.5, horizon=6, autoencoder_lr=3e-3).levels[0]
+    drift, starts = torch.randn(64), []
+
+    def imagine(start, policy, horizon):
+        h = start.h + drift * torch.arange(horizon + 1.0)[:, None, None]
+        starts.append(start.h)
+        fields = [field.expand(horizon + 1, *field.shape) for field in start[1:]]
+        return State(start.x, *fields)._replace(h=h), torch.ones(horizon, len(start.h), 3) / 3
+
+    level.world_model.imagine = imagine
+    agent = small(2, hindsight=0.5)
+    errors = [level.update(batch_of(agent, 0))["loss/foresee"].item() for _ in range(150)]
+    assert errors[-1] < 0.03 * errors[0]
+    for ticks in 1, 4:
+        wrong = level.origin(starts[-1], torch.tensor(ticks)) - starts[-1] - ticks * drift
+        assert wrong.square().mean() < 0.1 * (ticks * drift).square().mean()
 
 
 def test_speed_work_moves_no_number():
@@ -3098,7 +3124,7 @@ def test_what_can_be_steered():
         action = policy(None)
         return State(None, *[torch.stack([start.h + action @ effect + torch.randn_like(start.h)])] * 5), None
 
-    level.world_model.imagine, level.named = imagine, lambda h, start: h
+    level.world_model.imagine, level.origin = imagine, torch.zeros_like
     level.autoencoder.code, level.autoencoder.decode = lambda h: h, lambda code: 0.5 * code
     shares = script("subgoals").controllable(level, State(*[scene] * 6), torch.eye(12))
     assert np.allclose(shares["controllable"], 1 / 3, atol=0.05)
@@ -3337,7 +3363,7 @@ def test_the_door_opens_to_who_has_the_key():
     assert [env.step(left)[3] for _ in range(100)] == [False] * 99 + [True]
 
 
-@pytest.mark.parametrize("part", ["changes", "goals", "reached", "life"])
+@pytest.mark.parametrize("part", ["changes", "foreseen", "goals", "reached", "life"])
 def test_one_part_of_hindsight_is_left_out(part, monkeypatch):
     """results/without.py: that part of Level and no other; results/key_door.py: novelty at level 0."""
     without = script("without")
@@ -3346,7 +3372,8 @@ def test_one_part_of_hindsight_is_left_out(part, monkeypatch):
     lower, upper = (agent := small(hindsight=1.0)).levels[:2]
     goal, h, start = torch.zeros(2, 3, 64), torch.randn(2, 3, 64), torch.zeros(2, 3, dtype=torch.bool)
     assert part in without.PARTS and {
-        "changes": not lower.relative, "goals": lower.hindsight_goals(goal, h, start) is goal,
+        "changes": not lower.relative, "foreseen": lower.origin(h).equal(h),
+        "goals": lower.hindsight_goals(goal, h, start) is goal,
         "reached": upper.weights.tolist()[-1] == 0, "life": lower.stays.tolist() == [1, 1]
     } == {name: name == part for name in without.PARTS}
     monkeypatch.setattr(sys.modules["hierarchy"], "Level", script("key_door").CuriousLevel)

@@ -22,7 +22,7 @@ def novelty(agent, env, steps=2000):
         for states, tick in zip(h, ticks):
             states.append(tick["state"].h)
     h, start = [torch.cat(states) for states in h], (torch.arange(steps) - agent.k).clamp(min=0)
-    return [float(level.autoencoder.loss(level.named(each, each[start[:len(each)]]))[1].mean())
+    return [float(level.autoencoder.loss(each - level.origin(each[start[:len(each)]]))[1].mean())
             for level, each in zip(agent.levels, h)]
 
 

@@ -45,9 +45,9 @@ def study(config, agent, updates=800, steps=3000, n=128):
         adam.step()
     with torch.no_grad():
         shares = [controllable(SimpleNamespace(world_model=level.world_model, k=level.k, autoencoder=coder,
-                                               named=named), states, actions)
-                  for coder, named in zip(coders, (lambda h, start: h - start,
-                                                   lambda h, start: h - start - foresee(start)))]
+                                               origin=origin_of), states, actions)
+                  for coder, origin_of in zip(coders, (lambda start: start,
+                                                       lambda start: start + foresee(start)))]
     return {"change": shares[0], "remainder": shares[1],
             "kept": round((remainder.var(0).sum() / change.var(0).sum()).item(), 4)}
 

@@ -25,7 +25,7 @@ def controllable(level, state, actions, copies=8):
     state = state.map(lambda field: field[::len(field) // 32][:32])
     start = state.map(lambda field: field.repeat_interleave(len(actions) * copies, 0))
     held, shares = actions.repeat_interleave(copies, 0).repeat(len(state.h), 1), {}
-    end = level.named(level.world_model.imagine(start, lambda _: held, level.k)[0].h[-1], start.h)
+    end = level.world_model.imagine(start, lambda _: held, level.k)[0].h[-1] - level.origin(start.h)
     for name, h in ("controllable", end), ("named", level.autoencoder.decode(level.autoencoder.code(end))):
         h = h.unflatten(0, (len(state.h), len(actions), copies))
         chance = h.var(2).mean((0, 1)).sum()
@@ -49,7 +49,7 @@ def subgoal_study(agent, env, seed, steps=4000):
     for i, level in enumerate(agent.levels[:-1]):
         codes, states = zip(*goals[i][:len(ends[i])])
         code, end, state = torch.cat(codes), torch.cat(ends[i]), State(*map(torch.cat, zip(*states)))
-        start, done = state.h, level.named(end, state.h)
+        start, done = state.h, end - level.origin(state.h)
         best, another = level.autoencoder.code(done), lambda code: code.roll(len(code) // 2, 0)
         imagine = level.world_model.imagine
         end_of = lambda goal: imagine(state, lambda now: level.policy(now, goal), level.k)[0].h[-1]

@@ -20,8 +20,9 @@ def main(preset, name):
     torch.set_num_threads(1)
     train.keep_freed_memory()
     with tempfile.TemporaryDirectory() as directory:
-        run = train.Run(train.make_config({"preset": preset, "game": "boxing", "device": "cpu",
-                                           "logdir": directory, "replay_size": 2000}), train.make_env("boxing"))
+        config = train.make_config({"preset": preset, "game": "boxing", "device": "cpu", "logdir": directory,
+                                    "replay_size": 2000})
+        run = train.Run(config, train.make_env("boxing"))
         for _ in range(400):
             transitions = run.act()
             run.remember(transitions)
