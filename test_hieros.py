@@ -1062,7 +1062,8 @@ PINNED = [
 
 def test_hindsight_takes_what_was_done():
     """A goal in hindsight is the code of how h changed within 1 ... k ticks of the same episode, beyond what
-    was foreseen of so many ticks. At an episode's end, and where nothing follows, it stays."""
+    was foreseen of so many ticks. At an episode's end, and where nothing follows, it stays; a share is taken.
+    """
     below, T = small(2, hindsight=1.0).levels[0], 12
     below.foresee.forward = lambda inputs: -9 * inputs[..., -4:] @ torch.arange(1.0, 5)[:, None]
     below.autoencoder.code = lambda h: h  # tells what it is asked
@@ -1071,18 +1072,22 @@ def test_hindsight_takes_what_was_done():
     goals = torch.stack([below.hindsight_goals(kept, h, first)[..., 0] for _ in range(50)])
     assert set(goals[:, :, 0].flatten().tolist()) == {10, 20, 30, 40} and (goals[..., 4] == -1).all()
     assert set(goals[:, :, 3].flatten().tolist()) == {10, -1} and (goals[..., T - 1] == -1).all()
+    below.hindsight = 0.25
+    taken = torch.cat([below.hindsight_goals(kept, h, first)[:, 0, 0] for _ in range(300)]) > 0
+    assert 0.15 < taken.float().mean() < 0.35
 
 
 def test_a_goal_is_a_change_and_pays_both_levels(monkeypatch):
     """With hindsight the subgoal reward is the cosine-max of the change asked for and the change since the
     dream began, beyond what was foreseen, for k ticks; the level above is paid the same for each goal, by
-    what its own model expects of h below."""
-    agent = lively(small(2, hindsight=0.5, horizon=6, starts=5))
+    what its own model expects of h below. Codes are taught the changes of k ticks, of fewer at first."""
+    agent = lively(small(2, hindsight=0.5, horizon=6, starts=5, autoencoder_lr=0.0))
     below, level = agent.levels
     for each in agent.levels:
         calls = {}
         spy(monkeypatch, each.world_model, "imagine", calls)
         spy(monkeypatch, each, "update_behaviour", calls)
+        spy(monkeypatch, each.autoencoder, "loss", calls)
         each.update(batch_of(agent, int(each is level)))
         states, actions = calls["imagine"][1]
         feature, _, reward, *_ = calls["update_behaviour"][0]
@@ -1091,14 +1096,29 @@ def test_a_goal_is_a_change_and_pays_both_levels(monkeypatch):
             made = states.h[1:] - below.origin(start, torch.tensor([1, 2, 3, 4, 4, 4])[:, None])
             made[4:] = 0
             assert not torch.allclose(below.origin(start), start)
+            named, = calls["loss"][0]
+            for t in range(1, 7):
+                origin = below.origin(states.h[max(0, t - 4)], torch.tensor(min(t, 4)))
+                assert torch.allclose(named[t - 1], states.h[t] - origin, atol=1e-5)
         else:
             h = symexp(level.world_model.decode(states.z, states.h)[..., -64:])
             asked, made = below.autoencoder.decode(actions), h[1:] - below.origin(h[:-1])
         column = list(each.rewards).index("subgoal" if each is below else "reached")
         assert torch.allclose(reward[..., column], cosine_max(asked, made), atol=1e-5)
-    assert list(level.rewards) == ["extrinsic", "novelty", "reached"]
-    assert list(small(2).levels[1].rewards) == [
-        "extrinsic", "novelty"]
+    assert list(small(2).levels[1].rewards) == ["extrinsic", "novelty"]
+
+
+def test_both_levels_are_paid_for_a_goal_alike():
+    """With hindsight: the weight of `subgoal` for who follows a goal and who sets it; the one is paid for k
+    ticks, the other at once, and by the level just below."""
+    bottom, middle, top = small(3, hindsight=0.5).levels
+    assert bottom.rewards == {"extrinsic": 1.0, "subgoal": 0.3}
+    assert top.rewards == {"extrinsic": 1.0, "novelty": 0.1, "reached": 0.3}
+    assert middle.rewards == bottom.rewards | top.rewards
+    assert dict(zip(middle.rewards, middle.stays.tolist())) == {
+        "extrinsic": 1.0, "subgoal": 0.75, "novelty": 1.0, "reached": 0.0}
+    assert middle.below == [bottom] and top.below == [middle]
+    assert (small(3).levels[1].stays == 1).all()
 
 
 def test_what_comes_anyway_is_foreseen():
