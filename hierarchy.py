@@ -37,13 +37,13 @@ from world_model import (MLP, TwoHot, WorldModel, entropy, log_prob, sample_oneh
 # Rewards and returns
 # ------------------------------------------------------------------------------------------------------------
 
-def cosine_max(goal, h):
-    """max(0, goal . h) / max(|goal|, |h|)^2 over the last dimension: 1 only where h *is* the goal.
+def cosine_max(goal, h, low=0.0):
+    """max(low, goal . h / max(|goal|, |h|)^2) over the last dimension: 1 only where h *is* the goal.
 
     This is Director's max-cosine. A plain cosine would be satisfied by the right direction at any length.
     """
     longer = torch.maximum(goal.square().sum(-1), h.square().sum(-1))
-    return (goal * h).sum(-1).clamp(min=0) / longer.clamp(min=1e-8)
+    return ((goal * h).sum(-1) / longer.clamp(min=1e-8)).clamp(min=low)
 
 
 def lambda_return(reward, discount, value, lam):
@@ -281,7 +281,10 @@ class Level(nn.Module):
 
     def nearness(self, code, h, start, ticks=None):
         """The subgoal reward (...) at h (...,H) for a code (...,8*8) that was set at `start` (...,H)."""
-        return cosine_max(self.autoencoder.decode(code), h - self.origin(start, ticks))
+        # What comes by chance is as often against the goal as for it. Were the one not charged as the other
+        # is paid, it would pay to seek chance: in Boxing, to be hit.
+        low = -1 if self.relative else 0
+        return cosine_max(self.autoencoder.decode(code), h - self.origin(start, ticks), low)
 
     def hindsight_goals(self, subgoal, h, is_first):
         """Subgoals (B,T,8*8), a share of them replaced by the code of what came 1 ... k ticks later."""

@@ -604,6 +604,7 @@ def test_cosine_max_wants_direction_and_length():
     goal = torch.tensor([3.0, 4.0])
     h = torch.stack([goal, 0.5 * goal, 2 * goal, -goal, torch.tensor([-4.0, 3.0]), torch.zeros(2)])
     assert torch.allclose(cosine_max(goal, h), torch.tensor([1.0, 0.5, 0.5, 0.0, 0.0, 0.0]))
+    assert torch.allclose(cosine_max(goal, -h, -1), torch.tensor([-1.0, -0.5, -0.5, 1.0, 0.0, 0.0]))
 
 
 def test_lambda_return_by_brute_force():
@@ -1104,7 +1105,7 @@ def test_a_goal_is_a_change_and_pays_both_levels(monkeypatch):
             h = symexp(level.world_model.decode(states.z, states.h)[..., -64:])
             asked, made = below.autoencoder.decode(actions), h[1:] - below.origin(h[:-1])
         column = list(each.rewards).index("subgoal" if each is below else "reached")
-        assert torch.allclose(reward[..., column], cosine_max(asked, made), atol=1e-5)
+        assert torch.allclose(reward[..., column], cosine_max(asked, made, -1), atol=1e-5)
     assert list(small(2).levels[1].rewards) == ["extrinsic", "novelty"]
 
 
