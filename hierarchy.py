@@ -355,8 +355,10 @@ class Level(nn.Module):
             with torch.no_grad():  # the last of the k states that this level expects to see of the one below
                 below, = self.below
                 h = symexp(self.world_model.decode(states.z, states.h)[..., -below.world_model.hidden:])
-                # An action is a goal for below, set at the state before; at its end it should be near.
-                reward["reached"] = below.nearness(actions, h[1:], h[:-1])
+                # An action is a goal for below, set at the state before; at its end it should be near, and
+                # nearer than what is asked for elsewhere: to ask for one thing always would be easiest.
+                reward["reached"] = below.nearness(actions, h[1:], h[:-1]) - below.nearness(
+                    actions.roll(1, 1), h[1:], h[:-1])
         reward = torch.stack([reward[name] for name in self.rewards], -1)  # (horizon, N, R)
 
         # 4. Actor and critics.

@@ -1104,8 +1104,10 @@ def test_a_goal_is_a_change_and_pays_both_levels(monkeypatch):
         else:
             h = symexp(level.world_model.decode(states.z, states.h)[..., -64:])
             asked, made = below.autoencoder.decode(actions), h[1:] - below.origin(h[:-1])
+            elsewhere = cosine_max(asked.roll(1, 1), made, -1)
         column = list(each.rewards).index("subgoal" if each is below else "reached")
-        assert torch.allclose(reward[..., column], cosine_max(asked, made, -1), atol=1e-5)
+        paid = cosine_max(asked, made, -1) - (elsewhere if each is level else 0)
+        assert torch.allclose(reward[..., column], paid, atol=1e-5)
     assert list(small(2).levels[1].rewards) == ["extrinsic", "novelty"]
 
 
