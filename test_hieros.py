@@ -3123,7 +3123,8 @@ def test_subgoals_are_judged_where_their_time_is_up(monkeypatch):
     monkeypatch.setattr(subgoals, "controllable", lambda level, state, actions: {"actions": len(actions)})
     with torch.inference_mode():
         study, = subgoals.subgoal_study(agent, Echo(6), 0, steps=5 * 7)  # an episode: ticks at 0, 4 and 6
-        assert 0 <= study.pop("told") <= 1 and study == {
+        told, alike = study.pop("told"), study.pop("alike")
+        assert 0 <= told <= 1 and study == {
             "level": 0, "goals": 10, "reached": 1, "before": 1, "shuffled": 1, "possible": 1, "obeyed": 0,
             "able": 1, "unled": 1, "actions": 3}
         (goal, end), (same, start), (other, _), (best, last), *dreamed = compared
@@ -3131,6 +3132,7 @@ def test_subgoals_are_judged_where_their_time_is_up(monkeypatch):
         assert end == last == 5 * [4, 6] and start == 5 * [0, 4]
         assert best.unflatten(-1, (8, 8)).argmax(-1)[:, 0].tolist() == last
         assert torch.equal(goal, same) and torch.equal(goal.roll(5, 0), other)
+        assert alike == pytest.approx((goal * other).sum(-1).mean().item() / 8, abs=1e-3)  # 8 of 8 classes
         torch.nn.init.normal_(level.actor.net[-1].weight)  # from now on what it does depends on everything
         assert subgoals.subgoal_study(agent, Echo(6), 0, steps=35)[0]["obeyed"] > 0.1
 

@@ -3,9 +3,10 @@
 Of each level that gets goals. `reached`: how near it is to a goal when its time is up, as cosine-max. Beside
 it `before`, when it was set; `shuffled`, to another goal; `possible`, to the code of what was done. `obeyed`:
 how much another goal changes what it does, 0 not at all, 1 entirely (total variation). `told`: how near the
-nearest of all that was done is to a goal. `able`: dreamed, how near to what was done from here, if that is
-the goal; `unled`: if another is. `controllable`: shares of scene, action (one, held) and chance in the
-variance of what goals are about, k dreamed ticks on; `named`: in that of what its code keeps.
+nearest of all that was done is to a goal; `alike`: how near another goal is to it. `able`: dreamed, how near
+to what was done from here, if that is the goal; `unled`: if another is. `controllable`: shares of scene,
+action (one, held) and chance in the variance of what goals are about, k dreamed ticks on; `named`: in that of
+what its code keeps.
 """
 import sys
 from pathlib import Path
@@ -54,10 +55,12 @@ def subgoal_study(agent, env, seed, steps=4000):
         imagine = level.world_model.imagine
         end_of = lambda goal: imagine(state, lambda now: level.policy(now, goal), level.k)[0].h[-1]
         p, q = level.actor(state.feature(code)), level.actor(state.feature(another(code)))
+        g = level.autoencoder.decode(code)
         values = {"reached": level.nearness(code, end, start), "before": level.nearness(code, start, start),
                   "shuffled": level.nearness(another(code), end, start),
                   "possible": level.nearness(best, end, start), "obeyed": 0.5 * (p - q).abs().sum(-1),
-                  "told": torch.stack([cosine_max(g, done).max() for g in level.autoencoder.decode(code)]),
+                  "told": torch.stack([cosine_max(each, done).max() for each in g]),
+                  "alike": cosine_max(g, another(g)),
                   "able": level.nearness(best, end_of(best), start),
                   "unled": level.nearness(best, end_of(another(best)), start)}
         actions = (torch.cat([code for code, _ in goals[i - 1][:16]]) if i else
