@@ -3,8 +3,8 @@
     python results/without.py PART SEED OUT.json STEPS
 
 PART: changes (a goal is a place, the code of h itself), foreseen (a goal names all of a change, also what
-comes anyway), goals (none in hindsight), reached (no reward for goals that come true), life (a goal's return
-reaches as far as any other).
+comes anyway), against (what goes against a goal costs nothing), goals (none in hindsight), reached (no reward
+for goals that come true), life (a goal's return reaches as far as any other).
 """
 import sys
 from pathlib import Path
@@ -15,7 +15,7 @@ sys.path.append(str(Path(__file__).parent))  # last: results/profile.py hides Py
 import grid_rooms
 import hierarchy
 
-PARTS = ("changes", "foreseen", "goals", "reached", "life")
+PARTS = ("changes", "foreseen", "against", "goals", "reached", "life")
 
 
 class Without(hierarchy.Level):
@@ -32,6 +32,10 @@ class Without(hierarchy.Level):
     def origin(self, start, ticks=None):
         origin = super().origin(start, ticks)
         return start + 0 * origin if PART == "foreseen" and self.relative else origin
+
+    def nearness(self, *args):
+        near = super().nearness(*args)
+        return near.clamp(min=0) if PART == "against" else near
 
     def hindsight_goals(self, subgoal, *others):
         return subgoal if PART == "goals" else super().hindsight_goals(subgoal, *others)
