@@ -37,13 +37,13 @@ from world_model import (MLP, TwoHot, WorldModel, entropy, log_prob, sample_oneh
 # Rewards and returns
 # ------------------------------------------------------------------------------------------------------------
 
-def cosine_max(goal, h, low=0.0):
-    """max(low, goal . h / max(|goal|, |h|)^2) over the last dimension: 1 only where h *is* the goal.
+def cosine_max(goal, h):
+    """max(0, goal . h) / max(|goal|, |h|)^2 over the last dimension: 1 only where h *is* the goal.
 
     This is Director's max-cosine. A plain cosine would be satisfied by the right direction at any length.
     """
     longer = torch.maximum(goal.square().sum(-1), h.square().sum(-1))
-    return ((goal * h).sum(-1) / longer.clamp(min=1e-8)).clamp(min=low)
+    return (goal * h).sum(-1).clamp(min=0) / longer.clamp(min=1e-8)
 
 
 def lambda_return(reward, discount, value, lam):
@@ -208,6 +208,9 @@ class Level(nn.Module):
     - Of that change it names what is *beyond what comes anyway*, as a small network foresees it from the
       first h. In Freeway 97% comes anyway, the traffic: a goal of that is reached whatever one does, so
       nobody obeys, and the code has no words left for the rest.
+    - It pays to be nearer to one's own goal than to *another's* (skills must be told apart, Gregor et al.,
+      arXiv 1611.07507). All goals have something in common, the more so as a level settles on those that
+      are easily reached: else it is enough to do always the same, for that.
     - *Hindsight goals* (HER, arXiv 1707.01495), in this share of the dreams: what the replayed sequence did
       next. That can be done from here, whatever the level above asks for.
     - The reward *reached* (as HAC tests subgoals, arXiv 1712.00948): a level is paid for goals that the one
@@ -280,11 +283,13 @@ class Level(nn.Module):
         return start + self.foresee(torch.cat([start, ticks], -1)).float()
 
     def nearness(self, code, h, start, ticks=None):
-        """The subgoal reward (...) at h (...,H) for a code (...,8*8) that was set at `start` (...,H)."""
-        # What comes by chance is as often against the goal as for it. Were the one not charged as the other
-        # is paid, it would pay to seek chance: in Boxing, to be hit.
-        low = -1 if self.relative else 0
-        return cosine_max(self.autoencoder.decode(code), h - self.origin(start, ticks), low)
+        """How near h (...,H) is to the subgoal of a code (...,8*8) that was set at `start` (...,H): (...)."""
+        return cosine_max(self.autoencoder.decode(code), h - self.origin(start, ticks))
+
+    def subgoal_reward(self, code, h, start, ticks=None):
+        """(...,N) for N rollouts: `nearness`; with hindsight, what it is beyond that to another's goal."""
+        near = self.nearness(code, h, start, ticks)
+        return near - self.nearness(code.roll(1, -2), h, start, ticks) if self.relative else near
 
     def hindsight_goals(self, subgoal, h, is_first):
         """Subgoals (B,T,8*8), a share of them replaced by the code of what came 1 ... k ticks later."""
@@ -349,16 +354,14 @@ class Level(nn.Module):
         if "subgoal" in self.rewards:
             with torch.no_grad():
                 start = states.h[:1].expand_as(states.h[1:])
-                near = self.nearness(subgoal, states.h[1:], start, ticks.clamp(max=self.k))
-                reward["subgoal"] = near * (ticks <= self.k) if self.relative else near
+                paid = self.subgoal_reward(subgoal, states.h[1:], start, ticks.clamp(max=self.k))
+                reward["subgoal"] = paid * (ticks <= self.k) if self.relative else paid
         if "reached" in self.rewards:
             with torch.no_grad():  # the last of the k states that this level expects to see of the one below
                 below, = self.below
                 h = symexp(self.world_model.decode(states.z, states.h)[..., -below.world_model.hidden:])
-                # An action is a goal for below, set at the state before; at its end it should be near, and
-                # nearer than what is asked for elsewhere: to ask for one thing always would be easiest.
-                reward["reached"] = below.nearness(actions, h[1:], h[:-1]) - below.nearness(
-                    actions.roll(1, 1), h[1:], h[:-1])
+                # An action is a goal for below, set at the state before; at its end it should be near.
+                reward["reached"] = below.subgoal_reward(actions, h[1:], h[:-1])
         reward = torch.stack([reward[name] for name in self.rewards], -1)  # (horizon, N, R)
 
         # 4. Actor and critics.

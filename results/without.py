@@ -3,7 +3,7 @@
     python results/without.py PART SEED OUT.json STEPS
 
 PART: changes (a goal is a place, the code of h itself), foreseen (a goal names all of a change, also what
-comes anyway), against (what goes against a goal costs nothing), goals (none in hindsight), reached (no reward
+comes anyway), others (to be near another's goal costs nothing), goals (none in hindsight), reached (no reward
 for goals that come true), life (a goal's return reaches as far as any other).
 """
 import sys
@@ -15,7 +15,7 @@ sys.path.append(str(Path(__file__).parent))  # last: results/profile.py hides Py
 import grid_rooms
 import hierarchy
 
-PARTS = ("changes", "foreseen", "against", "goals", "reached", "life")
+PARTS = ("changes", "foreseen", "others", "goals", "reached", "life")
 
 
 class Without(hierarchy.Level):
@@ -33,9 +33,8 @@ class Without(hierarchy.Level):
         origin = super().origin(start, ticks)
         return start + 0 * origin if PART == "foreseen" and self.relative else origin
 
-    def nearness(self, *args):
-        near = super().nearness(*args)
-        return near.clamp(min=0) if PART == "against" else near
+    def subgoal_reward(self, *args):
+        return self.nearness(*args) if PART == "others" else super().subgoal_reward(*args)
 
     def hindsight_goals(self, subgoal, *others):
         return subgoal if PART == "goals" else super().hindsight_goals(subgoal, *others)
