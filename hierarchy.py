@@ -181,6 +181,11 @@ def onehot(index, classes, first=0):
     return (index[..., None] == torch.arange(first, first + classes, device=index.device)).float()
 
 
+def another(rollouts, dim):
+    """For each of the rollouts along a dimension another one, of another sequence."""
+    return rollouts.roll(rollouts.shape[dim] // 2, dim)
+
+
 # ------------------------------------------------------------------------------------------------------------
 # One level
 # ------------------------------------------------------------------------------------------------------------
@@ -208,14 +213,15 @@ class Level(nn.Module):
     - Of that change it names what is *beyond what comes anyway*, as a small network foresees it from the
       first h. In Freeway 97% comes anyway, the traffic: a goal of that is reached whatever one does, so
       nobody obeys, and the code has no words left for the rest.
-    - It pays to be nearer to one's own goal than to *another's* (skills must be told apart, Gregor et al.,
-      arXiv 1611.07507). All goals have something in common, the more so as a level settles on those that
-      are easily reached: else it is enough to do always the same, for that.
     - *Hindsight goals* (HER, arXiv 1707.01495), in this share of the dreams: what the replayed sequence did
       next. That can be done from here, whatever the level above asks for.
     - The reward *reached* (as HAC tests subgoals, arXiv 1712.00948): a level is paid for goals that the one
       below, its model says, will come near. Most codes are of nothing that can be done here; neither score
       nor novelty say so.
+    - Both are *beyond another's*: what is done must be nearer to its goal than to another that was set, a
+      goal nearer to what comes of it than to what comes of another (skills to be told apart, Gregor et al.,
+      arXiv 1611.07507). All goals have something in common; else two levels agree on that, one asks for it
+      and the other does it, always.
 
     Both have the weight of `subgoal`. Where nothing else is rewarded, 1; beside a game's reward 0.1: at 1 an
     agent that had found a reward went back to following goals for their own sake, and lost it for good.
@@ -286,11 +292,6 @@ class Level(nn.Module):
         """How near h (...,H) is to the subgoal of a code (...,8*8) that was set at `start` (...,H): (...)."""
         return cosine_max(self.autoencoder.decode(code), h - self.origin(start, ticks))
 
-    def subgoal_reward(self, code, h, start, ticks=None):
-        """(...,N) for N rollouts: `nearness`; with hindsight, what it is beyond that to another's goal."""
-        near = self.nearness(code, h, start, ticks)
-        return near - self.nearness(code.roll(1, -2), h, start, ticks) if self.relative else near
-
     def hindsight_goals(self, subgoal, h, is_first):
         """Subgoals (B,T,8*8), a share of them replaced by the code of what came 1 ... k ticks later."""
         now = torch.arange(h.shape[1], device=h.device).expand(is_first.shape)
@@ -319,6 +320,7 @@ class Level(nn.Module):
         loss.backward()
         metrics["opt/model_grad_norm"] = self.optimisers["model"].step()
 
+        told = subgoal.flatten(0, 1)
         if "subgoal" in self.rewards and self.hindsight:
             with torch.no_grad():
                 subgoal = self.hindsight_goals(subgoal, states.h, batch["is_first"])
@@ -330,7 +332,8 @@ class Level(nn.Module):
         subgoal, alive = subgoal.flatten(0, 1), 1 - batch["is_terminal"].flatten().float()
         if self.starts < len(alive):  # the rest is left out: (N,...)
             pick = torch.randperm(len(alive), device=alive.device)[:self.starts]
-            states, subgoal, alive = states.map(lambda field: field[pick]), subgoal[pick], alive[pick]
+            states, alive = states.map(lambda field: field[pick]), alive[pick]
+            subgoal, told = subgoal[pick], told[pick]
         states, actions = self.world_model.imagine(states, lambda state: self.policy(state, subgoal),
                                                    self.horizon)
 
@@ -354,14 +357,16 @@ class Level(nn.Module):
         if "subgoal" in self.rewards:
             with torch.no_grad():
                 start = states.h[:1].expand_as(states.h[1:])
-                paid = self.subgoal_reward(subgoal, states.h[1:], start, ticks.clamp(max=self.k))
-                reward["subgoal"] = paid * (ticks <= self.k) if self.relative else paid
+                near = [self.nearness(code, states.h[1:], start, ticks.clamp(max=self.k))
+                        for code in (subgoal, another(told, 0))]
+                reward["subgoal"] = (near[0] - near[1]) * (ticks <= self.k) if self.relative else near[0]
         if "reached" in self.rewards:
             with torch.no_grad():  # the last of the k states that this level expects to see of the one below
                 below, = self.below
                 h = symexp(self.world_model.decode(states.z, states.h)[..., -below.world_model.hidden:])
                 # An action is a goal for below, set at the state before; at its end it should be near.
-                reward["reached"] = below.subgoal_reward(actions, h[1:], h[:-1])
+                reward["reached"] = (below.nearness(actions, h[1:], h[:-1])
+                                     - below.nearness(actions, another(h[1:], 1), another(h[:-1], 1)))
         reward = torch.stack([reward[name] for name in self.rewards], -1)  # (horizon, N, R)
 
         # 4. Actor and critics.

@@ -33,9 +33,6 @@ class Without(hierarchy.Level):
         origin = super().origin(start, ticks)
         return start + 0 * origin if PART == "foreseen" and self.relative else origin
 
-    def subgoal_reward(self, *args):
-        return self.nearness(*args) if PART == "others" else super().subgoal_reward(*args)
-
     def hindsight_goals(self, subgoal, *others):
         return subgoal if PART == "goals" else super().hindsight_goals(subgoal, *others)
 
