@@ -3,8 +3,8 @@
     python results/without.py PART SEED OUT.json STEPS
 
 PART: changes (a goal is a place, the code of h itself), foreseen (a goal names all of a change, also what
-comes anyway), others (to be near another's goal costs nothing), goals (none in hindsight), reached (no reward
-for goals that come true), life (a goal's return reaches as far as any other).
+comes anyway), goals (none in hindsight), reached (no reward for goals that come true), life (a goal's return
+reaches as far as any other).
 """
 import sys
 from pathlib import Path
@@ -15,7 +15,7 @@ sys.path.append(str(Path(__file__).parent))  # last: results/profile.py hides Py
 import grid_rooms
 import hierarchy
 
-PARTS = ("changes", "foreseen", "others", "goals", "reached", "life")
+PARTS = ("changes", "foreseen", "goals", "reached", "life")
 
 
 class Without(hierarchy.Level):
