@@ -320,7 +320,7 @@ class Level(nn.Module):
         loss.backward()
         metrics["opt/model_grad_norm"] = self.optimisers["model"].step()
 
-        told = subgoal.flatten(0, 1)
+        told = subgoal.flatten(0, 1)  # by the level above
         if "subgoal" in self.rewards and self.hindsight:
             with torch.no_grad():
                 subgoal = self.hindsight_goals(subgoal, states.h, batch["is_first"])
