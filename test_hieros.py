@@ -2505,13 +2505,15 @@ def test_it_learns(tmp_path):
 @slow
 def test_goals_are_obeyed_and_reached():
     """In four rooms without any reward two levels learn that goals are there to be followed: another goal
-    changes what level 0 does, and what it then does is nearer to its goal than to that of another time."""
+    changes what level 0 does, what it then does is nearer to its goal than to that of another time, and it
+    comes nearer to what can be done from here than under another goal."""
     rooms = script("grid_rooms")
-    run, _ = rooms.trained(rooms.GridRooms(), steps=2400)
+    run, _ = rooms.trained(rooms.GridRooms(), steps=2800)
     with torch.inference_mode():
         study, = script("subgoals").subgoal_study(run.agent, rooms.GridRooms(), 1, steps=1200)
-    # Measured: obeyed 0.65, reached 0.16 above shuffled.
-    assert study["obeyed"] > 0.4 and study["reached"] > study["shuffled"] + 0.08, study
+    # Measured: obeyed 0.60, reached 0.10 above shuffled, able 0.20 above unled.
+    assert study["obeyed"] > 0.4 and study["reached"] > study["shuffled"] + 0.03, study
+    assert study["able"] > study["unled"] + 0.1, study
 
 
 # ------------------------------------------------------------------------------------------------------------
