@@ -65,7 +65,8 @@ def trained(env, **settings):
     start, settings = time.process_time(), SETTINGS | settings
     with tempfile.TemporaryDirectory() as directory:
         run = train.Run(train.Config(**settings, logdir=directory), env)
-        train.train(run, progress=False)
+        if train.train(run, progress=False):  # a signal has come: half a training is no result
+            sys.exit(f"stopped at step {run.step}, nothing written")
     return run, {"settings": settings, "cpu_seconds": round(time.process_time() - start)}
 
 
