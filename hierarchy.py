@@ -357,9 +357,11 @@ class Level(nn.Module):
         if "subgoal" in self.rewards:
             with torch.no_grad():
                 start = states.h[:1].expand_as(states.h[1:])
-                near = [self.nearness(code, states.h[1:], start, ticks.clamp(max=self.k))
-                        for code in (subgoal, another(told, 0))]
-                reward["subgoal"] = (near[0] - near[1]) * (ticks <= self.k) if self.relative else near[0]
+                now = states.h[1:], start, ticks.clamp(max=self.k)
+                reward["subgoal"] = self.nearness(subgoal, *now)
+                if self.relative:
+                    beyond = reward["subgoal"] - self.nearness(another(told, 0), *now)
+                    reward["subgoal"] = beyond * (ticks <= self.k)
         if "reached" in self.rewards:
             with torch.no_grad():  # the last of the k states that this level expects to see of the one below
                 below, = self.below

@@ -30,7 +30,7 @@ def main(directory, out, updates):
         setattr(level, name, getattr(new, name))
     for name in "actor", "critic":
         level.optimisers[name] = new.optimisers[name]
-    for name in "model", "autoencoder", "foresee":
+    for name in level.optimisers.keys() - {"actor", "critic"}:
         for group in level.optimisers[name].adam.param_groups:
             group["lr"] = 0.0
     level.hindsight, level.weights = 1.0, torch.tensor([float(name == "subgoal") for name in level.rewards])

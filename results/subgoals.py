@@ -16,7 +16,7 @@ sys.path[0] = str(Path(__file__).parents[1])  # the project's root in place of r
 import torch
 
 from evaluate import load_run, print_rows, rollout, writable
-from hierarchy import cosine_max
+from hierarchy import another, cosine_max
 from train import UsageError, autocast, make_env, origin, program, write_json
 from world_model import State
 
@@ -51,18 +51,17 @@ def subgoal_study(agent, env, seed, steps=4000):
         codes, states = zip(*goals[i][:len(ends[i])])
         code, end, state = torch.cat(codes), torch.cat(ends[i]), State(*map(torch.cat, zip(*states)))
         start, done = state.h, end - level.origin(state.h)
-        best, another = level.autoencoder.code(done), lambda code: code.roll(len(code) // 2, 0)
-        imagine = level.world_model.imagine
+        best, imagine = level.autoencoder.code(done), level.world_model.imagine
         end_of = lambda goal: imagine(state, lambda now: level.policy(now, goal), level.k)[0].h[-1]
-        p, q = level.actor(state.feature(code)), level.actor(state.feature(another(code)))
+        p, q = level.actor(state.feature(code)), level.actor(state.feature(another(code, 0)))
         g = level.autoencoder.decode(code)
         values = {"reached": level.nearness(code, end, start), "before": level.nearness(code, start, start),
-                  "shuffled": level.nearness(another(code), end, start),
+                  "shuffled": level.nearness(another(code, 0), end, start),
                   "possible": level.nearness(best, end, start), "obeyed": 0.5 * (p - q).abs().sum(-1),
                   "told": torch.stack([cosine_max(each, done).max() for each in g]),
-                  "alike": cosine_max(g, another(g)),
+                  "alike": cosine_max(g, another(g, 0)),
                   "able": level.nearness(best, end_of(best), start),
-                  "unled": level.nearness(best, end_of(another(best)), start)}
+                  "unled": level.nearness(best, end_of(another(best, 0)), start)}
         actions = (torch.cat([code for code, _ in goals[i - 1][:16]]) if i else
                    torch.eye(level.action_shape[1], device=code.device))
         study.append({"level": i, "goals": len(code)}
