@@ -280,18 +280,19 @@ class Level(nn.Module):
         return torch.cat([z, batch["h"]], -1).flatten(-2)
 
     def origin(self, start, ticks=None):
-        """Where h (...,H) will be after so many ticks, k or (...) integers 1 ... k, by what comes anyway. To
-        this point a subgoal is relative; at the top, and in the paper, to zero."""
+        """Where h (...,H) will be, by what comes anyway, after so many ticks: (...) integers from 1 on, more
+        than k are k, or k. To this point a subgoal is relative; at the top, and in the paper, to zero."""
         if not self.relative:
             return torch.zeros_like(start)
         ticks = torch.full(start.shape[:-1], self.k, device=start.device) if ticks is None else ticks
-        ticks = onehot(ticks, self.k, first=1).expand(*start.shape[:-1], -1)
+        ticks = onehot(ticks.clamp(max=self.k), self.k, first=1).expand(*start.shape[:-1], -1)
         return start + self.foresee(torch.cat([start, ticks], -1)).float()
 
     def nearness(self, code, h, start, ticks=None):
         """How near h (...,H) is to the subgoal of a code (...,8*8) that was set at `start` (...,H): (...)."""
         return cosine_max(self.autoencoder.decode(code), h - self.origin(start, ticks))
 
+    @torch.no_grad()
     def hindsight_goals(self, subgoal, h, is_first):
         """Subgoals (B,T,8*8), a share of them replaced by the code of what came 1 ... k ticks later."""
         now = torch.arange(h.shape[1], device=h.device).expand(is_first.shape)
@@ -322,8 +323,7 @@ class Level(nn.Module):
 
         told = subgoal.flatten(0, 1)  # by the level above
         if "subgoal" in self.rewards and self.hindsight:
-            with torch.no_grad():
-                subgoal = self.hindsight_goals(subgoal, states.h, batch["is_first"])
+            subgoal = self.hindsight_goals(subgoal, states.h, batch["is_first"])
 
         # 2. Imagine from the states of the batch, each with the subgoal that was held there, for the whole
         # rollout: longer than its k ticks of life, but what comes after is known to no one (as published).
@@ -337,43 +337,61 @@ class Level(nn.Module):
         states, actions = self.world_model.imagine(states, lambda state: self.policy(state, subgoal),
                                                    self.horizon)
 
-        # 3. Rewards of the states 1 ... horizon; the autoencoder learns on the way.
+        # 3. Rewards of the states 1 ... horizon; the autoencoder, of which a flat agent has no use, learns on
+        # the way.
         reward = {"extrinsic": states.reward[1:]}
-        ticks = torch.arange(1, self.horizon + 1, device=alive.device)[:, None]  # since the dream began
-        if len(self.rewards) > 1:  # there is a level above or below; a flat agent has no use for subgoals
-            # As a goal's end is: k ticks later, or less.
-            first, k = states.h[:1], min(self.k, self.horizon)
-            before = torch.cat([first.expand(k, -1, -1), states.h[1:-k]])
-            named = states.h[1:] - self.origin(before, ticks.clamp(max=k))
-            if self.relative:
-                loss = named.square().sum(-1).mean()
-                metrics["loss/foresee"] = loss.detach()
-                loss.backward()
-                metrics["opt/foresee_grad_norm"] = self.optimisers["foresee"].step()
-            loss, reward["novelty"] = self.autoencoder.loss(named.detach())
-            metrics["loss/autoencoder"] = loss.detach()
-            loss.backward()
-            metrics["opt/autoencoder_grad_norm"] = self.optimisers["autoencoder"].step()
+        if len(self.rewards) > 1:
+            reward["novelty"], learned = self.update_autoencoder(states.h)
+            metrics |= learned
         if "subgoal" in self.rewards:
-            with torch.no_grad():
-                start = states.h[:1].expand_as(states.h[1:])
-                now = states.h[1:], start, ticks.clamp(max=self.k)
-                reward["subgoal"] = self.nearness(subgoal, *now)
-                if self.relative:
-                    beyond = reward["subgoal"] - self.nearness(another(told, 0), *now)
-                    reward["subgoal"] = beyond * (ticks <= self.k)
+            reward["subgoal"] = self.subgoal_reward(states.h, subgoal, told)
         if "reached" in self.rewards:
-            with torch.no_grad():  # the last of the k states that this level expects to see of the one below
-                below, = self.below
-                h = symexp(self.world_model.decode(states.z, states.h)[..., -below.world_model.hidden:])
-                # An action is a goal for below, set at the state before; at its end it should be near.
-                reward["reached"] = (below.nearness(actions, h[1:], h[:-1])
-                                     - below.nearness(actions, another(h[1:], 1), another(h[:-1], 1)))
+            reward["reached"] = self.reached_reward(states, actions)
         reward = torch.stack([reward[name] for name in self.rewards], -1)  # (horizon, N, R)
 
         # 4. Actor and critics.
         feature = states.feature(subgoal.expand(len(states.h), -1, -1))  # (horizon+1, N, F)
         return metrics | self.update_behaviour(feature, actions, reward, self.gamma * states.cont[1:], alive)
+
+    def update_autoencoder(self, h):
+        """One training step of the autoencoder, and of foresight, on imagined h (horizon+1,N,H).
+
+        Returns the novelty (horizon,N) of states 1 ... horizon, and metrics.
+        """
+        ticks, k = torch.arange(1, len(h), device=h.device)[:, None], min(self.k, self.horizon)
+        # What a goal may name: the change in the last k ticks, or in all, where there were fewer.
+        start = torch.cat([h[:1].expand(k, -1, -1), h[1:-k]])
+        named, metrics = h[1:] - self.origin(start, ticks), {}
+        if self.relative:
+            loss = named.square().sum(-1).mean()
+            metrics["loss/foresee"] = loss.detach()
+            loss.backward()
+            metrics["opt/foresee_grad_norm"] = self.optimisers["foresee"].step()
+        loss, novelty = self.autoencoder.loss(named.detach())
+        metrics["loss/autoencoder"] = loss.detach()
+        loss.backward()
+        metrics["opt/autoencoder_grad_norm"] = self.optimisers["autoencoder"].step()
+        return novelty, metrics
+
+    @torch.no_grad()
+    def subgoal_reward(self, h, subgoal, told):
+        """(horizon,N): how well subgoals (N,8*8) are followed in imagined h (horizon+1,N,H). told: those that
+        the level above has set, where hindsight has put others in their place."""
+        ticks = torch.arange(1, len(h), device=h.device)[:, None]  # since they were set, where the dream began
+        now = h[1:], h[:1].expand_as(h[1:]), ticks
+        reward = self.nearness(subgoal, *now)
+        if self.relative:
+            reward = (reward - self.nearness(another(told, 0), *now)) * (ticks <= self.k)
+        return reward
+
+    @torch.no_grad()
+    def reached_reward(self, states, actions):
+        """(horizon,N): how near the level below will come to actions (horizon,N,8*8), each a goal set at the
+        state before. This level's decoder tells: it shows the last k states of that level, newest last."""
+        below, = self.below
+        h = symexp(self.world_model.decode(states.z, states.h)[..., -below.world_model.hidden:])
+        return (below.nearness(actions, h[1:], h[:-1])
+                - below.nearness(actions, another(h[1:], 1), another(h[:-1], 1)))
 
     def update_behaviour(self, feature, actions, reward, discount, alive):
         """One training step of actor and critics on imagined rollouts: REINFORCE, and two-hot regression.
