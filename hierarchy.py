@@ -377,7 +377,7 @@ class Level(nn.Module):
     def subgoal_reward(self, h, subgoal, told):
         """(horizon,N): how well subgoals (N,8*8) are followed in imagined h (horizon+1,N,H). told: those that
         the level above has set, where hindsight has put others in their place."""
-        ticks = torch.arange(1, len(h), device=h.device)[:, None]  # since they were set, where the dream began
+        ticks = torch.arange(1, len(h), device=h.device)[:, None]  # since the dream began, and they were set
         now = h[1:], h[:1].expand_as(h[1:]), ticks
         reward = self.nearness(subgoal, *now)
         if self.relative:
