@@ -20,7 +20,7 @@ Symbols (the same in every file; those of world_model.py beside these):
     L, k       number of levels; a level ticks every k ticks of the level below
     N          rollouts imagined side by side
     g, g_h     (N,8*8) subgoal code, 8 one-hots of 8 classes; (N,H) the same decoded into the level's h-space
-    R          rewards of a level: extrinsic, subgoal (with a level above), novelty, reached (with one below)
+    R          rewards of a level: extrinsic, subgoal (not at the top), novelty and `reached` (not at level 0)
 """
 
 import copy
@@ -60,9 +60,7 @@ def lambda_return(reward, discount, value, lam):
 
 class ReturnNormaliser(nn.Module):
     """Scale of each reward's returns: a running mean of their 5-95 percentile range, at least `floors` (R,).
-
-    Without a floor, returns that are all alike would have their noise blown up to full size.
-    """
+    Without a floor, returns that are all alike would have their noise blown up to full size."""
 
     def __init__(self, floors, decay=0.99):
         super().__init__()
@@ -157,10 +155,8 @@ class Critics(nn.Module):
 
 
 class Optimiser:
-    """Adam with clipped gradient norm. No weight decay (the published AdamW has it).
-
-    groups: (parameters, their learning rate), one or more.
-    """
+    """Adam with clipped gradient norm, of groups (parameters, their learning rate). No weight decay (the
+    published AdamW has it)."""
 
     def __init__(self, eps, clip, *groups):
         groups = [{"params": list(parameters), "lr": lr} for parameters, lr in groups]
@@ -182,7 +178,7 @@ def onehot(index, classes, first=0):
 
 
 def another(rollouts, dim):
-    """For each of the rollouts along a dimension another one, of another sequence."""
+    """For each of the rollouts along a dimension another one, mostly of another sequence."""
     return rollouts.roll(rollouts.shape[dim] // 2, dim)
 
 
@@ -196,40 +192,31 @@ class Level(nn.Module):
     observation_shape: as for WorldModel. action_shape, subgoal_shape: (categoricals, classes) of the action
     and of the subgoal that it is given; (0, 8) at the top, where no one gives any; code_shape: of every
     subgoal. rewards: {name: weight}. model: keyword arguments of WorldModel. horizon: imagined steps; starts:
-    imagined rollouts an update (at most B*T). gamma, lam: discount and lambda of the returns. slow: share by
-    which the slow critics follow, an update. *_lr: learning rates.
+    imagined rollouts an update (at most B*T). gamma, lam: discount a tick (so a higher level, whose ticks are
+    longer, looks further ahead) and lambda of the returns. slow: share by which the slow critics follow, an
+    update. *_lr: learning rates. k: ticks that a subgoal lives. below: the Level under this one, or None.
 
-    gamma is per tick of the level, and level 1's tick is 4 steps of the game: with the same gamma a higher
-    level looks 4 times further ahead, which is what it is there for.
+    hindsight: 0 is the paper's rule, a subgoal is a place in h. It leads into a circle: goals that no one
+    follows change nothing; so the level above learns that its actions are idle and chooses at random; of
+    random goals few can be reached; so none is worth following. A share above 0 leads out, by five rules:
 
-    k: ticks that a subgoal lives. below: the Level under this one, or None. hindsight: 0, the paper's rule,
-    or a share, and with it what leads out of a circle: goals that no one has learned to follow change
-    nothing; so the level above learns that its actions are idle and chooses at random; of random goals few
-    can be reached; so it does not pay to follow them.
+    - A goal is a *change* of h since it was set (FeUdal Networks, arXiv 1703.01161), and pays for k ticks. As
+      places all goals are near each other, for most of h is common to all: to stay in the middle would pay.
+    - It is a change *beyond what comes anyway*, which `foresee` learns to tell from the first h. In Freeway
+      that is 97%, the traffic: a goal of traffic is reached whatever one does.
+    - *Hindsight goals* (HER, arXiv 1707.01495): that share of the dreams has for its goal what the replayed
+      sequence did next. It can be done from here, whatever the level above asks for.
+    - *reached* pays the level above (as HAC tests subgoals, arXiv 1712.00948) for goals that the level below,
+      by the upper one's own model, will come near. Most codes stand for nothing that can be done here.
+    - Both rewards are *beyond another's* (arXiv 1611.07507): less what another dream's goal would have paid,
+      and less what another dream's outcome would. Else two levels settle on one goal, which is always done.
 
-    - A subgoal is a *change* of h since the tick that set it (FeUdal Networks, arXiv 1703.01161). States have
-      most of h in common: one in the middle is near every goal, and to stay there pays for all of them. It is
-      no change. Reward and return, too, reach k ticks far: what comes later is not this goal's.
-    - Of that change it names what is *beyond what comes anyway*, as a small network foresees it from the
-      first h. In Freeway 97% comes anyway, the traffic: a goal of that is reached whatever one does, so
-      nobody obeys, and the code has no words left for the rest.
-    - *Hindsight goals* (HER, arXiv 1707.01495), in this share of the dreams: what the replayed sequence did
-      next. That can be done from here, whatever the level above asks for.
-    - The reward *reached* (as HAC tests subgoals, arXiv 1712.00948): a level is paid for goals that the one
-      below, its model says, will come near. Most codes are of nothing that can be done here; neither score
-      nor novelty say so.
-    - Both are *beyond another's*: what is done must be nearer to its goal than to another that was set, a
-      goal nearer to what comes of it than to what comes of another (skills to be told apart, Gregor et al.,
-      arXiv 1611.07507). All goals have something in common; else two levels agree on that, one asks for it
-      and the other does it, always.
-
-    Both have the weight of `subgoal`. Where nothing else is rewarded, 1; beside a game's reward 0.1: at 1 an
-    agent that had found a reward went back to following goals for their own sake, and lost it for good.
+    Both have the weight `subgoal_weight`. Where nothing else is rewarded, 1; beside a game's reward 0.1: at 1
+    an agent that had found a reward went back to following goals for their own sake, and lost it for good.
     """
 
-    # Returns of the game are worth their own noise only from about one point on; those of the other two
-    # rewards live on far smaller scales (one step gives at most 1, or an error of h near 0.01): a floor of 1
-    # would mute them.
+    # A game's returns are worth their own noise only from about one point on. The others are far smaller (one
+    # step gives at most 1, or an error of h near 0.01): a floor of 1 would mute them.
     FLOORS = {"extrinsic": 1.0, "subgoal": 0.1, "novelty": 0.01, "reached": 0.1}
 
     def __init__(self, observation_shape, action_shape, subgoal_shape, code_shape, rewards, model, *, horizon,
@@ -238,10 +225,9 @@ class Level(nn.Module):
         super().__init__()
         self.action_shape, self.subgoal_shape, self.rewards = action_shape, subgoal_shape, rewards
         self.horizon, self.starts, self.gamma, self.lam = horizon, starts, gamma, lam
-        self.k, self.hindsight = k, hindsight
-        self.below = [below]  # in a list: no part of this level, which neither trains nor saves it
-        self.relative = hindsight > 0 and subgoal_shape[0] > 0
-        self.entropy_scale, self.slow = entropy_scale, slow
+        self.k, self.hindsight, self.entropy_scale, self.slow = k, hindsight, entropy_scale, slow
+        self.below = [below]  # in a list, or nn.Module would train and save it as a part of this level
+        self.relative = hindsight > 0 and subgoal_shape[0] > 0  # are the subgoals it is given changes of h?
         self.world_model = WorldModel(observation_shape, action_shape[0] * action_shape[1], **model)
         units, mlp_layers = model["units"], model["mlp_layers"]
         inputs = self.world_model.feature_size + subgoal_shape[0] * subgoal_shape[1]
@@ -250,11 +236,11 @@ class Level(nn.Module):
         self.slow_critics = copy.deepcopy(self.critics).requires_grad_(False)
         self.autoencoder = SubgoalAutoencoder(self.world_model.hidden, code_shape, units, mlp_layers)
         self.normaliser = ReturnNormaliser([self.FLOORS[name] for name in rewards])
-        # What is left of a reward's cause a tick later: a goal lives k ticks, its choice is judged once.
+        # A reward's own discount, beside gamma: a goal lives k ticks, its choice is judged by the next state.
         stays = {"subgoal": 1 - 1 / k, "reached": 0.0} if hindsight else {}
-        self.register_buffer("stays", torch.tensor([stays.get(name, 1.0) for name in rewards]),
-                             persistent=False)
-        self.register_buffer("weights", torch.tensor(list(rewards.values())), persistent=False)
+        stays, weights = [stays.get(name, 1.0) for name in rewards], list(rewards.values())
+        self.register_buffer("stays", torch.tensor(stays), persistent=False)
+        self.register_buffer("weights", torch.tensor(weights), persistent=False)
         encoder, others = self.world_model.encoder.parameters(), [
             p for name, p in self.world_model.named_parameters() if not name.startswith("encoder.")]
         self.optimisers = {
@@ -280,24 +266,19 @@ class Level(nn.Module):
         return torch.cat([z, batch["h"]], -1).flatten(-2)
 
     def origin(self, start, ticks=None):
-        """Where h (...,H) will be, by what comes anyway, after so many ticks: (...) integers from 1 on, more
-        than k are k, or k. To this point a subgoal is relative; at the top, and in the paper, to zero."""
+        """The h (...,H) from which a subgoal set at h = `start` counts: what comes anyway `ticks` (...) later
+        (k at most, and by default). Zero at the top and by the paper's rule, where it is a place."""
         if not self.relative:
             return torch.zeros_like(start)
         ticks = torch.full(start.shape[:-1], self.k, device=start.device) if ticks is None else ticks
         ticks = onehot(ticks.clamp(max=self.k), self.k, first=1).expand(*start.shape[:-1], -1)
         return start + self.foresee(torch.cat([start, ticks], -1)).float()
 
-    def nearness(self, code, h, start, ticks=None):
-        """How near h (...,H) is to the subgoal of a code (...,8*8) that was set at `start` (...,H): (...)."""
-        return cosine_max(self.autoencoder.decode(code), h - self.origin(start, ticks))
-
     @torch.no_grad()
     def hindsight_goals(self, subgoal, h, is_first):
         """Subgoals (B,T,8*8), a share of them replaced by the code of what came 1 ... k ticks later."""
         now = torch.arange(h.shape[1], device=h.device).expand(is_first.shape)
-        later = now + 1 + (self.k * torch.rand_like(h[..., 0])).long()
-        later = later.clamp(max=h.shape[1] - 1)
+        later = (now + 1 + (self.k * torch.rand_like(h[..., 0])).long()).clamp(max=h.shape[1] - 1)
         episode = is_first.cumsum(1)
         known = (later > now) & (episode.gather(1, later) == episode)
         swap = known & (torch.rand_like(h[..., 0]) < self.hindsight)
@@ -306,10 +287,8 @@ class Level(nn.Module):
         return torch.where(swap[..., None], done, subgoal)
 
     def update(self, batch):
-        """One training step of everything in this level, on a replay batch of tensors (B,T,...).
-
-        Returns metrics {name: scalar tensor}, still on the device.
-        """
+        """One training step of everything in this level, on a replay batch of tensors (B,T,...). Returns
+        metrics {name: scalar tensor}, still on the device."""
         observation = self.observation(batch)  # (B,T,*observation_shape)
         action = onehot(batch["action"], self.action_shape[1]).flatten(-2)  # (B,T,A)
         subgoal = onehot(batch["subgoal"], self.subgoal_shape[1]).flatten(-2)  # (B,T,8*8)
@@ -321,13 +300,13 @@ class Level(nn.Module):
         loss.backward()
         metrics["opt/model_grad_norm"] = self.optimisers["model"].step()
 
-        told = subgoal.flatten(0, 1)  # by the level above
+        told = subgoal.flatten(0, 1)  # by the level above; what hindsight may replace below
         if "subgoal" in self.rewards and self.hindsight:
             subgoal = self.hindsight_goals(subgoal, states.h, batch["is_first"])
 
-        # 2. Imagine from the states of the batch, each with the subgoal that was held there, for the whole
-        # rollout: longer than its k ticks of life, but what comes after is known to no one (as published).
-        # Nothing comes after a terminal state: what is imagined from one has weight zero.
+        # 2. Imagine from the states of the batch, each with its subgoal for the whole rollout: longer than k
+        # ticks, but which goal comes after is known to no one (as published). Nothing comes after a terminal
+        # state: what is imagined from one has weight zero.
         states = states.map(lambda field: field.flatten(0, 1))  # (B*T,...)
         subgoal, alive = subgoal.flatten(0, 1), 1 - batch["is_terminal"].flatten().float()
         if self.starts < len(alive):  # the rest is left out: (N,...)
@@ -337,8 +316,7 @@ class Level(nn.Module):
         states, actions = self.world_model.imagine(states, lambda state: self.policy(state, subgoal),
                                                    self.horizon)
 
-        # 3. Rewards of the states 1 ... horizon; the autoencoder, of which a flat agent has no use, learns on
-        # the way.
+        # 3. Rewards of the states 1 ... horizon. A flat agent has no use for the autoencoder.
         reward = {"extrinsic": states.reward[1:]}
         if len(self.rewards) > 1:
             reward["novelty"], learned = self.update_autoencoder(states.h)
@@ -354,34 +332,30 @@ class Level(nn.Module):
         return metrics | self.update_behaviour(feature, actions, reward, self.gamma * states.cont[1:], alive)
 
     def update_autoencoder(self, h):
-        """One training step of the autoencoder, and of foresight, on imagined h (horizon+1,N,H).
-
-        Returns the novelty (horizon,N) of states 1 ... horizon, and metrics.
-        """
+        """One training step of the autoencoder, and of `foresee`, on imagined h (horizon+1,N,H). Returns the
+        novelty (horizon,N) of states 1 ... horizon, and metrics."""
         ticks, k = torch.arange(1, len(h), device=h.device)[:, None], min(self.k, self.horizon)
         # What a goal may name: the change in the last k ticks, or in all, where there were fewer.
         start = torch.cat([h[:1].expand(k, -1, -1), h[1:-k]])
-        named, metrics = h[1:] - self.origin(start, ticks), {}
-        if self.relative:
-            loss = named.square().sum(-1).mean()
-            metrics["loss/foresee"] = loss.detach()
-            loss.backward()
-            metrics["opt/foresee_grad_norm"] = self.optimisers["foresee"].step()
+        named = h[1:] - self.origin(start, ticks)
         loss, novelty = self.autoencoder.loss(named.detach())
-        metrics["loss/autoencoder"] = loss.detach()
-        loss.backward()
-        metrics["opt/autoencoder_grad_norm"] = self.optimisers["autoencoder"].step()
-        return novelty, metrics
+        losses = {"autoencoder": loss}
+        if self.relative:
+            losses["foresee"] = named.square().sum(-1).mean()
+        sum(losses.values()).backward()  # they share no parameter, so one pass serves both
+        metrics = {f"loss/{name}": each.detach() for name, each in losses.items()}
+        return novelty, metrics | {f"opt/{name}_grad_norm": self.optimisers[name].step() for name in losses}
 
     @torch.no_grad()
     def subgoal_reward(self, h, subgoal, told):
-        """(horizon,N): how well subgoals (N,8*8) are followed in imagined h (horizon+1,N,H). told: those that
-        the level above has set, where hindsight has put others in their place."""
-        ticks = torch.arange(1, len(h), device=h.device)[:, None]  # since the dream began, and they were set
-        now = h[1:], h[:1].expand_as(h[1:]), ticks
-        reward = self.nearness(subgoal, *now)
+        """(horizon,N): how well subgoals (N,8*8) are followed in imagined h (horizon+1,N,H), as if all were
+        set when the dream began. told: the level above's own, also where hindsight has replaced them."""
+        ticks = torch.arange(1, len(h), device=h.device)[:, None]
+        made = h[1:] - self.origin(h[:1].expand_as(h[1:]), ticks)
+        reward = cosine_max(self.autoencoder.decode(subgoal), made)
         if self.relative:
-            reward = (reward - self.nearness(another(told, 0), *now)) * (ticks <= self.k)
+            other = cosine_max(self.autoencoder.decode(another(told, 0)), made)
+            reward = (reward - other) * (ticks <= self.k)
         return reward
 
     @torch.no_grad()
@@ -390,8 +364,8 @@ class Level(nn.Module):
         state before. This level's decoder tells: it shows the last k states of that level, newest last."""
         below, = self.below
         h = symexp(self.world_model.decode(states.z, states.h)[..., -below.world_model.hidden:])
-        return (below.nearness(actions, h[1:], h[:-1])
-                - below.nearness(actions, another(h[1:], 1), another(h[:-1], 1)))
+        goal, made = below.autoencoder.decode(actions), h[1:] - below.origin(h[:-1])
+        return cosine_max(goal, made) - cosine_max(goal, another(made, 1))
 
     def update_behaviour(self, feature, actions, reward, discount, alive):
         """One training step of actor and critics on imagined rollouts: REINFORCE, and two-hot regression.
@@ -407,7 +381,7 @@ class Level(nn.Module):
             returns = lambda_return(reward, discount[..., None] * self.stays, value[1:], self.lam)
             scale = self.normaliser.update(returns)  # (R,): rewards of any size count by their weights
             advantage = ((returns - value[:-1]) / scale * self.weights).sum(-1)  # (horizon, N)
-            # How likely it is that the episode has not ended before state t.
+            # gamma^t, and how likely it is that the episode has not ended before state t.
             weight = torch.cumprod(torch.cat([alive[None], discount[:-1]]), 0)
             slow_value = twohot.mean(self.slow_critics(feature[:-1]))  # (horizon, N, R)
 
@@ -476,12 +450,12 @@ class Hieros(nn.Module):
         """The acting state of n environments: what `act` takes and returns. No weights, no training in it."""
         memory = {"t": np.full(n, -1), "levels": []}
         for level in self.levels:
-            device = level.weights.device
-            x, z = level.world_model.initial(n, device)
-            size = z[0].numel() + level.world_model.hidden
+            world, device = level.world_model, level.weights.device
+            x, z = world.initial(n, device)
             memory["levels"].append({
-                "x": x, "z": z, "action": torch.zeros(n, level.world_model.action_size, device=device),
-                "recent": torch.zeros(n, self.k, size, device=device),  # k states [z, symlog h], oldest first
+                "x": x, "z": z, "action": torch.zeros(n, world.action_size, device=device),
+                # The last k states [z, symlog h], oldest first.
+                "recent": torch.zeros(n, self.k, z[0].numel() + world.hidden, device=device),
                 "subgoal": torch.zeros(n, level.subgoal_shape[0] * level.subgoal_shape[1], device=device),
                 "reward": np.zeros(n, np.float32)})  # env rewards since the last tick
         return memory
@@ -495,23 +469,21 @@ class Hieros(nn.Module):
     def act(self, memory, observation, reward, is_first, is_last, is_terminal, discretised):
         """One env step of n environments, at any stage of their episodes each.
 
-        memory: of the previous step, left as it is. observation: (n, ...) as the environment gives it; reward
-        (n,) that came with it; is_first, is_last, is_terminal (n,): numpy arrays. discretised: what
+        memory: of the previous step, left as it is. observation (n, ...) as the environment gives it, reward
+        (n,) that came with it, is_first, is_last, is_terminal (n,): numpy arrays. discretised: what
         `discretise` returned for the present weights. Every level ticks at an episode's last step, on the
-        grid or not: what has come since its last tick, the final reward and the end itself, would be lost
-        otherwise.
+        grid or not, or else the rewards since its last tick and the end itself would be lost to it.
 
         Returns the new memory and a list of ticks from level 0 upwards, one for each level in which some
-        environment ticks: {"ticked": (n,) which ones, and (n, ...) what their replay stores}. Level 0's
-        "action" is the game's, one-hot.
+        environment ticks: {"ticked": (n,) which ones, "state": State, and what `transitions` stores, all
+        choices one-hot}. Level 0's "action" is the game's.
         """
         t = np.where(is_first, 0, memory["t"] + 1)
         levels, ticks = [], []
         for before in memory["levels"]:  # at an episode's start every level starts afresh, from zeros
-            after = {name: _where(is_first, torch.zeros_like(before[name]), before[name])
-                     for name in ("x", "z", "action", "recent")}
-            reward_since = np.where(is_first, 0, before["reward"] + np.float32(reward))
-            levels.append(after | {"subgoal": before["subgoal"], "reward": reward_since})
+            now = {name: _where(is_first, torch.zeros_like(value), value) for name, value in before.items()
+                   if name != "reward"}
+            levels.append(now | {"reward": np.where(is_first, 0, before["reward"] + np.float32(reward))})
 
         # Bottom-up: each ticking level updates its state.
         for i, (level, now) in enumerate(zip(self.levels, levels)):
@@ -541,8 +513,7 @@ class Hieros(nn.Module):
             tick["action"] = self.levels[i].policy(tick["state"], tick["subgoal"])
             levels[i]["action"] = _where(tick["ticked"], tick["action"], levels[i]["action"])
             if i > 0:
-                below = levels[i - 1]
-                below["subgoal"] = _where(tick["ticked"], tick["action"], below["subgoal"])
+                levels[i - 1]["subgoal"] = levels[i]["action"]
         return {"t": t, "levels": levels}, ticks
 
     def transitions(self, ticks):
@@ -553,11 +524,11 @@ class Hieros(nn.Module):
             for name, shape in (("action", level.action_shape), ("subgoal", level.subgoal_shape)):
                 fields.append((i, name, tick[name].unflatten(-1, shape).argmax(-1)))
             if i > 0:
-                stoch, classes = self.levels[i - 1].world_model.z_shape
-                z, h = tick["recent"].split([stoch * classes, self.levels[i - 1].world_model.hidden], -1)
-                z = z.unflatten(-1, (stoch, classes))
-                fields.append((i, "z", (z.argmax(-1) + 1) * z.sum(-1)))  # a z of zeros becomes number 0
-                fields.append((i, "h", h))
+                below = self.levels[i - 1].world_model
+                z, h = tick["recent"].split([np.prod(below.z_shape), below.hidden], -1)
+                z = z.unflatten(-1, below.z_shape)
+                # The number of z's class, from 1 on; 0 where there is no state yet: a z of zeros.
+                fields += [(i, "z", (z.argmax(-1) + 1) * z.sum(-1)), (i, "h", h)]
         copied = torch.cat([tensor.flatten().float() for *_, tensor in fields]).cpu().numpy()
         ends = np.cumsum([tensor.numel() for *_, tensor in fields])
         # What the environment gave, and whether an episode began or ended, are arrays already.

@@ -134,9 +134,9 @@ class S5Layer(nn.Module):
 
     memory should be the length of the training sequences. Each of these begins with a state of zeros, so a
     slower state, like most of those of S5's own 20 to 2,000 steps, would be small in training and grow for as
-    long as an episode lasts when acting: whatever reads it would meet numbers that it was never shown. (By
-    such step sizes a third of the modes turn by more than half a circle a step, as slower ones would turn. A
-    start without them foresees no better: results/README.md.)
+    long as an episode lasts when acting: whatever reads it would meet numbers that it was never shown. (The
+    price is aliasing: at `paper` 43% of the modes turn by more than half a circle a step, which looks like a
+    slower turn. A start without such modes foresees no better: results/README.md.)
     """
 
     def __init__(self, features, state_size, memory, blocks=4):
@@ -152,7 +152,7 @@ class S5Layer(nn.Module):
         self.frequency = nn.Parameter(Lambda.imag.float())  # (P/2,)
         self.log_Delta = nn.Parameter(torch.empty(state_size // 2).uniform_(math.log(2 / memory), 0))
         B_tilde, C_tilde = V.mH @ B.to(V.dtype), C.to(V.dtype) @ V  # V is unitary: V^-1 = V.mH
-        # With B_tilde as in S5, white input drives the state to a standard deviation of about sqrt(Delta):
+        # With B_tilde as in S5, noise of unit variance drives the state to a deviation of about sqrt(Delta):
         # whatever reads the state sees almost nothing at first. Divide it out: unit variance at any Delta.
         Lambda_bar = torch.exp(Lambda * torch.exp(self.log_Delta.detach()))
         variance = ((Lambda_bar - 1) / Lambda).abs().square() / (1 - Lambda_bar.abs().square())
@@ -277,6 +277,7 @@ if __name__ == "__main__":  # a demonstration: parallel = recurrent, and what le
         u, no_reset = torch.randn(1, T, H), torch.zeros(1, T, dtype=torch.bool)
         for name, model in (("S5", lambda: stack(u, no_reset)[0]), ("GRU", lambda: gru(u)[0]),
                             ("attention", lambda: attention(u))):
-            start = model().sum().backward() or perf_counter()  # the first call warms up
+            model().sum().backward()  # the first call warms up
+            start = perf_counter()
             model().sum().backward()
             print(f"T {T:5d}  {name:9}  {1e3 * (perf_counter() - start):8.1f}")

@@ -122,7 +122,7 @@ def log_prob(p, sample):
 
 
 def kl_balance(q, p, share):
-    """0.5 max(1, KL(sg q || p)) + share 0.1 max(1, KL(q || sg p)) and the KL itself, both (...) (DreamerV3).
+    """0.5 max(1, KL(sg q || p)) + share * 0.1 max(1, KL(q || sg p)), and the KL: (...) each (DreamerV3).
 
     q, p: categoricals (..., n, classes), their KL in nats summed over the n. The first term teaches the prior
     to foresee, the second keeps z foreseeable; sg is a stop-gradient. Below one nat ("free bits") neither
@@ -267,12 +267,12 @@ class WorldModel(nn.Module):
             self.decoder = MLP(inputs, *self.observation_shape, units, mlp_layers, zero_init=True)
         else:
             raise ValueError(f"observations are (3, 64, 64) or (D,), got {self.observation_shape}")
-        # At its usual scale the first posterior is almost uniform: z is noise, and the decoder first learns
-        # to ignore it. Sharper, z is a random hash of the observation that says something from the start.
+        # At its usual scale the first posterior is almost uniform: z is noise, which the decoder learns to
+        # ignore. Sharper, z is a random hash of the observation that says something from the start.
         self.encoder[-1].weight.data *= sharpness
         self.register_buffer("mean", torch.zeros(self.observation_shape))  # of the observations trained on
         self.register_buffer("deviation", torch.ones(self.observation_shape))
-        self.unit = math.sqrt(self.VARIANCE / math.prod(self.observation_shape))  # the deviation where scaled
+        self.unit = math.sqrt(self.VARIANCE / math.prod(self.observation_shape)) if scaled else 1.0
         self.register_buffer("updates", torch.zeros(()))
         self.inputs = nn.Linear(stoch * classes + action_size, hidden)
         self.sequence = S5Stack(hidden, state_size, s5_layers, memory)
@@ -281,9 +281,8 @@ class WorldModel(nn.Module):
         # Reward and continue share a trunk: they look for the same events, and half the work is saved.
         self.twohot = TwoHot()
         self.outcome_head = MLP(inputs, len(self.twohot.values) + 1, units, mlp_layers, zero_init=True)
-        # They begin with what is true of most steps: no reward, and the game goes on. Left to learn that from
-        # zeros, their first gradients are the largest of all, point the same way in each step and push the
-        # encoder to a constant z, from which it may not come back.
+        # They begin with what is true of most steps: no reward, and the game goes on. From zeros their first
+        # gradients, the largest of all and all alike, push the encoder to a constant z, perhaps for good.
         with torch.no_grad():
             self.outcome_head[-1].bias[:-1] = self.twohot.first_logits(zero=8.0)
             self.outcome_head[-1].bias[-1] = 5.0
@@ -307,13 +306,12 @@ class WorldModel(nn.Module):
     def normalise(self, observation):
         """(..., *observation_shape) as encoder and decoder deal with it: what differs from the running mean.
 
-        The decoder starts at zero, so the static background is known at once. Without this hundreds of
-        updates go into it: the encoder's output hardly depends on the frame, z says nothing, so the decoder
-        ignores it, so nothing teaches the encoder.
+        The decoder starts at zero, so the static background is known at once. Else hundreds of updates go
+        into it, in which z says nothing: so the decoder ignores it, and nothing teaches the encoder.
 
-        The numbers of an environment's vector may have any unit, and be few or many. Where `scaled`, all get
-        one deviation, such that their error weighs as much against the KL in every game; at most 10 times
-        that, for a number that was constant until now.
+        An environment's vector has numbers of any unit, few or many. Where `scaled`, all get one deviation,
+        such that their error weighs as much against the KL in every game; at most 10 times that, for a number
+        that was constant until now.
         """
         if self.scaled:
             return ((observation - self.mean) / self.deviation).clamp(-10, 10) * self.unit
@@ -323,9 +321,7 @@ class WorldModel(nn.Module):
         """(...,32,32), (...,H) -> observations (..., *observation_shape)."""
         inputs = torch.cat([z.flatten(-2), h], -1)
         output = self.decoder(inputs.flatten(0, -2)).float().unflatten(0, inputs.shape[:-1])
-        if normalised:
-            return output
-        return (output / self.unit * self.deviation if self.scaled else output) + self.mean
+        return output if normalised else output / self.unit * self.deviation + self.mean
 
     def posterior(self, observation):
         """Probabilities q(z | o): (n, *observation_shape) -> (n, 32, 32)."""
@@ -396,7 +392,7 @@ class WorldModel(nn.Module):
         metrics = {f"loss/{name}": value.detach() for name, value in losses.items()}  # DreamerV3's names
         with torch.no_grad():
             states = State(x, z, h, entropy(q), self.twohot.mean(reward_logits), torch.sigmoid(cont_logit))
-            metrics |= {"loss/dyn": kl.clamp(min=1).mean(),  # its loss/rep has the same value
+            metrics |= {"loss/dyn": kl.clamp(min=1).mean(),  # its loss/rep is the same number
                         "kl": kl.mean(), "rep_ent": states.entropy.mean(), "dyn_ent": entropy(p).mean()}
         return sum(losses.values()) + kl_loss.mean(), states.map(torch.Tensor.detach), metrics
 

@@ -51,17 +51,16 @@ def subgoal_study(agent, env, seed, steps=4000):
         codes, states = zip(*goals[i][:len(ends[i])])
         code, end, state = torch.cat(codes), torch.cat(ends[i]), State(*map(torch.cat, zip(*states)))
         start, done = state.h, end - level.origin(state.h)
-        best, imagine = level.autoencoder.code(done), level.world_model.imagine
+        coder, imagine = level.autoencoder, level.world_model.imagine
+        best, g, other = coder.code(done), coder.decode(code), another(code, 0)
+        near = lambda code, h: cosine_max(coder.decode(code), h - level.origin(start))
         end_of = lambda goal: imagine(state, lambda now: level.policy(now, goal), level.k)[0].h[-1]
-        p, q = level.actor(state.feature(code)), level.actor(state.feature(another(code, 0)))
-        g = level.autoencoder.decode(code)
-        values = {"reached": level.nearness(code, end, start), "before": level.nearness(code, start, start),
-                  "shuffled": level.nearness(another(code, 0), end, start),
-                  "possible": level.nearness(best, end, start), "obeyed": 0.5 * (p - q).abs().sum(-1),
+        p, q = level.actor(state.feature(code)), level.actor(state.feature(other))
+        values = {"reached": near(code, end), "before": near(code, start), "shuffled": near(other, end),
+                  "possible": near(best, end), "obeyed": 0.5 * (p - q).abs().sum(-1),
                   "told": torch.stack([cosine_max(each, done).max() for each in g]),
-                  "alike": cosine_max(g, another(g, 0)),
-                  "able": level.nearness(best, end_of(best), start),
-                  "unled": level.nearness(best, end_of(another(best, 0)), start)}
+                  "alike": cosine_max(g, another(g, 0)), "able": near(best, end_of(best)),
+                  "unled": near(best, end_of(another(best, 0)))}
         actions = (torch.cat([code for code, _ in goals[i - 1][:16]]) if i else
                    torch.eye(level.action_shape[1], device=code.device))
         study.append({"level": i, "goals": len(code)}
