@@ -1,9 +1,7 @@
 """Score a trained agent, watch it, and set many beside each other.
 
-In this file: loading a run; a film of what the agent sees, imagines and wants; scores of many runs by the
-conventions of Atari 100k, beside published ones. Read train.py before. What a single question needs, such as
-learning curves, a picture of S5's eigenvalues, or how often subgoals are reached, is a short script in
-results/, built on the functions here.
+Read train.py before. What a single question needs, such as learning curves, a picture of S5's eigenvalues, or
+how often subgoals are reached, is a short script in results/, built on the functions here.
 
 Symbols as in world_model.py and hierarchy.py: z, h, g (subgoal code), g_h (the same in h-space), k = 4.
 
@@ -57,22 +55,16 @@ def load_run(directory, device):
 
 
 def rollout(agent, env, steps, seed):
-    """Play `steps` agent steps, over the ends of episodes; yield for each (now, memory, ticks).
-
-    now: what the environment gave, as train.env_step; memory and ticks: what Hieros.act returned for it.
-    """
-    observation, _ = env.reset(seed=seed)
-    now, memory = env_step(observation, is_first=True), agent.initial_memory(1)
+    """Play `steps` agent steps, over the ends of episodes; yield for each (now, memory, ticks): what the
+    environment gave, as train.env_step, and what Hieros.act returned for it."""
+    now, memory = env_step(env.reset(seed=seed)[0], is_first=True), agent.initial_memory(1)
     discretised = agent.discretise()
     for _ in range(steps):
         memory, ticks = agent.act(memory, **now, discretised=discretised)
         yield now, memory, ticks
         # The agent sees an episode's last step, too; what it chooses there has no effect.
-        if now["is_last"][0]:
-            now = env_step(env.reset()[0], is_first=True)
-        else:
-            observation, reward, terminated, truncated, _ = env.step(int(ticks[0]["action"].argmax()))
-            now = env_step(observation, reward, is_terminal=terminated, is_last=terminated or truncated)
+        now = (env_step(env.reset()[0], is_first=True) if now["is_last"][0] else
+               env_step(*env.step(int(ticks[0]["action"].argmax()))))
 
 
 def state_image(agent, i, z, h):
@@ -122,11 +114,8 @@ def save_film(path, frames, limit=5_000_000):
     """Write Pillow images as an endless GIF, a frame a step, cut at the end to less than `limit` bytes."""
     from PIL import Image
     # One palette for all frames, made from a few of them: what stands still then costs nothing.
-    some = frames[::max(1, len(frames) // 8)]
-    montage = Image.new("RGB", (some[0].width, some[0].height * len(some)))
-    for i, frame in enumerate(some):
-        montage.paste(frame, (0, i * frame.height))
-    palette = montage.quantize(128, Image.Quantize.MAXCOVERAGE)  # which keeps rare colours, such as a ball's
+    some = np.concatenate([np.asarray(frame) for frame in frames[::max(1, len(frames) // 8)]])
+    palette = Image.fromarray(some).quantize(128, Image.Quantize.MAXCOVERAGE)  # keeps rare colours: a ball's
     kept, size = [frame.quantize(palette=palette, dither=Image.Dither.NONE) for frame in frames], limit
     while size >= limit and kept:
         kept[0].save(path, save_all=True, append_images=kept[1:], duration=70, loop=0)
@@ -258,9 +247,8 @@ def group_title(run):
     """
     config = NEUTRAL | run["config"]
     usual = NEUTRAL | dataclasses.asdict(Config()) | PRESETS.get(run["preset"], {})
-    if config["device"] == "cpu":  # where tf32 is float32
-        config, usual = ({name: "float32" if value == "tf32" else value for name, value in settings.items()}
-                         for settings in (config, usual))
+    if config["device"] == "cpu" and config.get("precision") == "float32":  # where tf32 is the same
+        usual["precision"] = "float32"
     words = [f"preset {run['preset']}", f"levels {run['levels']}", f"{run['agent_steps']:,} agent steps"]
     # What --resume may change, such as the name of the directory, makes no other agent.
     for name in sorted((config.keys() | usual.keys()) - RESUMABLE - {"game", "seed", "preset", "levels"}):
@@ -346,14 +334,13 @@ def print_table(summary):
         return "-" if number is None else f"{number:.{digits}f}"
 
     games, published = summary["games"], read_published()
-    others = {name: {game: [pair[i]] for game, pair in REFERENCE.items()}
-              for i, name in enumerate(("random", "human"))} | published
     print(f"### {summary['group']}\n\nCommits: {', '.join(summary['commits'])}.\n")
-    print_rows(["game", "runs", "score", "seeds' s.d.", "episodes' s.e.", "normalised",
-                *(name + "*" for name in others)],
+    print_rows(["game", "runs", "score", "seeds' s.d.", "episodes' s.e.", "normalised", "random*", "human*",
+                *(name + "*" for name in published)],
                *[[game, str(len(row["scores"])), cell(row["mean"]), cell(row["seeds_sd"]),
                   cell(row["episodes_se"]), cell(row["human_normalised"], 3),
-                  *(cell(*known.get(game, [None])) for known in others.values())]
+                  *map(cell, REFERENCE.get(game, (None, None))),
+                  *(cell(*known.get(game, [None])) for known in published.values())]
                  for game, row in games.items()])
     print("* published by others, not run here; " + ("sources in results/published.csv." if published else
           "of other methods nothing is known without results/published.csv."))

@@ -33,7 +33,7 @@ def etbs_cdf(u):
 @contextlib.contextmanager
 def replacing(path):
     """A file to write that takes the name `path` only once it is whole and on the disk, whatever happens."""
-    temporary = path.with_name("writing.tmp")
+    temporary = path.with_name(path.name + ".tmp")  # its own: a run may be scored while it trains
     with open(temporary, "wb") as file:
         yield file
         file.flush()
@@ -108,7 +108,9 @@ class Replay:
         self.saved = self.total
 
     def prune(self, folder):
-        """Delete the files whose steps have all left the ring, once the new checkpoint is safe."""
+        """Delete files whose steps have left the ring, and unfinished ones, once a new checkpoint is safe."""
+        for path in folder.glob("*.tmp"):
+            path.unlink()
         for path, _, stop in self._files(folder):
             if stop <= self.saved - self.capacity:
                 path.unlink()

@@ -32,7 +32,7 @@ import evaluate
 import train
 from hierarchy import (Actor, Level, Optimiser, ReturnNormaliser, SubgoalAutoencoder, cosine_max,
                        lambda_return, onehot, small)
-from replay import Replay, etbs_cdf
+from replay import Replay, etbs_cdf, replacing
 from s5 import S5Block, S5Layer, S5Stack, complex_view, hippo_n, scan, scan_sequential
 from world_model import (ImageDecoder, ImageEncoder, Patches, State, TwoHot, WorldModel, entropy, kl_balance,
                          log_prob, sample_onehot, straight_through, symexp, symlog, unimix)
@@ -1909,6 +1909,19 @@ def test_a_full_disk_leaves_the_checkpoint_intact(tmp_path, monkeypatch, capsys)
     assert "resumed at step 20" in capsys.readouterr().out
 
 
+def test_a_run_may_be_scored_while_it_saves(tmp_path):
+    """Two files that are written into one directory at the same time do not meet; what a killed save left of
+    a replay is gone with the next."""
+    with replacing(tmp_path / "checkpoint.pt") as one, replacing(tmp_path / "evaluation.json") as other:
+        one.write(b"weights")
+        other.write(b"score")
+    assert (tmp_path / "checkpoint.pt").read_bytes() == b"weights"
+    assert (tmp_path / "evaluation.json").read_bytes() == b"score" and len(list(tmp_path.iterdir())) == 2
+    (tmp_path / "000000000-000000004.npz.tmp").write_bytes(b"half")
+    Replay({"t": ((), np.int32)}, 8, 2, 0.0, np.random.default_rng(0)).prune(tmp_path)
+    assert len(list(tmp_path.iterdir())) == 2
+
+
 def test_all_that_a_checkpoint_needs_is_on_the_disk_when_it_takes_its_name(tmp_path, monkeypatch):
     """Not even a power cut leaves half a checkpoint: every file of it was handed over to the disk, whole."""
     synced = {}
@@ -2049,7 +2062,7 @@ def test_an_episode_begins_with_0_to_30_no_ops():
     assert set(counts) == set(range(31))
     env.game.length = 1  # it ends after a single frame
     env.reset()
-    assert env.game.frame == 0
+    assert env.game.frame == 0 and env.previous is env.screen  # and not the old episode's
 
 
 def test_an_episode_ends_after_108000_frames_by_truncation():
@@ -2338,7 +2351,7 @@ def test_a_first_save_that_was_cut_short_is_no_dead_end(registered, refused, tmp
             with pytest.raises(train.UsageError, match="cannot be used: No space left"):
                 train.main(command)
         directory = tmp_path / f"run {len(flags)}"
-        assert (directory / "writing.tmp").exists() and (directory / "metrics.jsonl").read_text() == ""
+        assert (directory / "checkpoint.pt.tmp").exists() and (directory / "metrics.jsonl").read_text() == ""
         assert not (directory / "checkpoint.pt").exists()
         assert train.main(command) == 0
         assert metrics_of(directory)[0]["step"] == 10
@@ -2379,7 +2392,7 @@ def test_a_score_that_cannot_be_written_is_not_played_for(registered, tmp_path, 
     command = ["--game", registered(), "--logdir", str(tmp_path / "it's a run"), *QUICK]
     assert train.main(command) == 0
     monkeypatch.setattr(train, "evaluation", lambda *_: pytest.fail("played"))
-    (tmp_path / "it's a run" / "writing.tmp").mkdir()
+    (tmp_path / "it's a run" / "evaluation.json.tmp").mkdir()
     again = re.escape(f"""{tmp_path}/it'"'"'s a run' --resume""")
     with pytest.raises(train.UsageError, match="cannot be used.*make room.*--logdir '" + again):
         train.main([*command, "--resume"])
@@ -2395,6 +2408,8 @@ def test_a_score_that_cannot_be_written_is_not_played_for(registered, tmp_path, 
     (lambda c: c | {"score": None}, "TypeError"), (lambda c: c | {"memory": {"t": 3}}, "KeyError"),
     (lambda c: c | {"now": {}}, "TypeError"), (lambda c: c | {"replay_totals": [1]}, "ValueError"),
     (lambda c: c | {"log": {"bytes": "x"}}, "TypeError"),
+    (lambda c: c | {"config": c["config"] | {"batch_size": 8.0}}, "TypeError, batch_size 8.0 is no such"),
+    (lambda c: c | {"config": c["config"] | {"precision": "what"}}, "TypeError, precision 'what' is no such"),
 ], ids=str)
 def test_a_checkpoint_edited_by_hand_is_one_clear_line(saved_run, refused, tmp_path, damage, says):
     """Whatever stands in it: texts for numbers, parts of a state, times before the beginning."""
@@ -2912,6 +2927,21 @@ def test_film_draws_each_goal_from_the_state_in_which_it_was_set(monkeypatch):
             with torch.inference_mode():
                 g_h = agent.levels[i].autoencoder.decode(held["subgoal"])
             assert z is held["z"] and torch.equal(h, g_h)
+
+
+def test_film_novelty_is_of_what_came_in_three_ticks(monkeypatch):
+    """With hindsight the novelty of a level is the autoencoder's error of a change beyond what was foreseen,
+    of as many ticks as there are between the states that the film has: k - 1."""
+    agent, asked, seen = small(3, (64, 64, 3), 6, hindsight=0.5), [], []
+    level, act = agent.levels[1], agent.act
+    agent.act = lambda *args, **now: seen.append(act(*args, **now)) or seen[-1]
+    level.origin = lambda start, ticks=None: asked.append((start, ticks)) or start
+    with monkeypatch.context() as patch:
+        patch.setattr(evaluate, "state_image", lambda *_: None)
+        record_film(patch, agent, train.Atari("pong"), steps=21)
+    h = [ticks[1]["state"].h for _, ticks in seen if len(ticks) > 1]  # of ticks 0 ... 5
+    start, ticks = [each for each in asked if each[1] is not None][-1]
+    assert ticks.tolist() == [3] and torch.allclose(start, h[2], atol=1e-5)
 
 
 @slow

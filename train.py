@@ -1,9 +1,8 @@
 """Train Hieros on a game, then play it for a score.
 
-In this file: every setting (Config), the game as the agent sees it (Atari, Registered), the run with its log
-and checkpoints (Run), the loop (train), the score of a trained agent (play, evaluation). Read hierarchy.py
-and replay.py first. Two things besides learning take most of the lines: a run may be killed at any moment and
-goes on as if it had not been, and whatever a user can mend is said in one line.
+Read hierarchy.py and replay.py first. The loop is `train`, what it does in a step is in `Run`. Two things
+besides learning take most of the lines: a run may be killed at any moment and goes on as if it had not been,
+and whatever a user can mend is said in one line.
 
 examples:
   python train.py --game pong                            writes runs/pong-0
@@ -49,11 +48,6 @@ from tqdm import tqdm
 
 from hierarchy import Hieros
 from replay import Replay, replacing
-
-try:
-    import fcntl
-except ImportError:  # Windows has no such locks
-    fcntl = None
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -212,11 +206,12 @@ def make_config(given):
         config.preset = "paper" if config.device.startswith("cuda") else "cpu"
         if config.game not in atari_games() and len(make_env(config.game).observation_space.shape) == 1:
             config.preset = "vector"
-    for name, value in PRESETS[config.preset].items():
-        if name not in given:
-            setattr(config, name, value)
+    vars(config).update({name: value for name, value in PRESETS[config.preset].items() if name not in given})
     for field in dataclasses.fields(Config):
-        value, low, high = getattr(config, field.name), field.metadata["low"], field.metadata["high"]
+        value, (low, high, choices) = getattr(config, field.name), field.metadata.values()
+        if not isinstance(value, (int, float) if field.type is float else field.type) or (
+                choices and value not in choices):  # from a checkpoint: of the command line argparse says it
+            raise TypeError(f"{field.name} {value!r} is no such setting")
         if (low is not None and not low <= value < math.inf) or (high is not None and not value <= high):
             raise UsageError(f"--{field.name} {value} is out of range: "
                              + (f"at least {low}" if high is None else f"{low} to {high}"))
@@ -311,12 +306,11 @@ IMAGE = Box(0, 255, (64, 64, 3), np.uint8)
 
 
 class Atari(gymnasium.Env):
-    """An Atari game by the protocol of Atari 100k: observations (64,64,3) bytes, the minimal action set.
+    """An Atari game by the PROTOCOL of Atari 100k, with the minimal action set; rewards are unclipped, and a
+    lost life does not end the episode.
 
-    Each action is repeated for 4 frames; the observation is the pixel-wise maximum of the last two (some
-    games draw their sprites only on every other frame), averaged down to 64x64. Up to 30 random no-ops after
-    a reset; no sticky actions; rewards unclipped; a lost life does not end the episode; at most 108,000
-    frames.
+    Observations, (64,64,3) bytes, are the pixel-wise maximum of the last two frames (some games draw their
+    sprites only on every other one), averaged down.
     """
 
     REPEAT, NOOPS, MAX_FRAMES = 4, 30, 108_000
@@ -335,15 +329,14 @@ class Atari(gymnasium.Env):
         self.previous, self.frames = self.screen, 0  # the frame before the last; frames of this episode
         for _ in range(self.np_random.integers(self.NOOPS + 1)):
             if self._frame(0)[1]:
-                self.screen, _ = self.game.reset()
+                self.previous = self.screen = self.game.reset()[0]
         return self._observation(), {}
 
     def step(self, action):
         reward, terminated, truncated = 0.0, False, False
         for _ in range(self.REPEAT):
             r, terminated = self._frame(action)
-            reward += r
-            truncated = self.frames >= self.MAX_FRAMES
+            reward, truncated = reward + r, self.frames >= self.MAX_FRAMES
             if terminated or truncated:
                 break
         return self._observation(), reward, terminated, truncated and not terminated, {}
@@ -507,8 +500,7 @@ def history(checkpoint):
     times = [0, *(when for when, _ in curve), step]
     if times != sorted(times) or not seconds >= 0:
         raise ValueError(f"step {step}, {seconds} seconds and its curve cannot be true together")
-    commits = [str(commit) for commit in checkpoint["commits"]]
-    return {"step": step, "seconds": seconds, "curve": curve, "commits": commits}
+    return {"step": step, "seconds": seconds, "curve": curve, "commits": [*map(str, checkpoint["commits"])]}
 
 
 @contextlib.contextmanager
@@ -519,10 +511,11 @@ def alone_in(directory):
     directory.mkdir(parents=True, exist_ok=True)
     with open(directory / "lock", "a") as file:
         try:
-            fcntl and fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            import fcntl
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise UsageError(f"--logdir {directory} is in use: another process trains there")
-        except OSError:  # a file system without locks
+        except (ImportError, OSError):  # Windows, or a file system without locks
             pass
         yield
 
@@ -531,11 +524,13 @@ def alone_in(directory):
 # The run: all that a checkpoint must hold
 # ------------------------------------------------------------------------------------------------------------
 
-def env_step(observation, reward=0.0, *, is_first=False, is_last=False, is_terminal=False):
-    """What an environment gave, as arrays of one environment: the arguments of Hieros.act."""
+def env_step(observation, reward=0.0, terminated=False, truncated=False, *_, is_first=False):
+    """What an environment's step gave, as arrays of one environment: the arguments of Hieros.act."""
+    # A time limit ends the episode, but not the world: only what is terminal has no future worth. (The
+    # published code takes both for death, so an agent that survives learns that it will die.)
     return {"observation": observation[None], "reward": np.float32([reward]),
-            "is_first": np.array([is_first]), "is_last": np.array([is_last]),
-            "is_terminal": np.array([is_terminal])}
+            "is_first": np.array([is_first]), "is_last": np.array([terminated or truncated]),
+            "is_terminal": np.array([terminated])}
 
 
 class Run:
@@ -587,11 +582,9 @@ class Run:
 
     def play(self, action):
         """One step of the game."""
-        observation, reward, terminated, truncated, _ = self.env.step(action)
-        # A time limit ends the episode, but not the world: only what is terminal has no future worth. (The
-        # published code takes both for death, so an agent that survives learns that it will die.)
-        self.now = env_step(observation, reward, is_terminal=terminated, is_last=terminated or truncated)
-        self.step, self.score = self.step + 1, self.score + float(reward)
+        given = self.env.step(action)
+        self.now = env_step(*given)
+        self.step, self.score = self.step + 1, self.score + float(given[1])
 
     def restart(self):
         """The next episode."""
@@ -682,8 +675,7 @@ class Run:
             for name, state in states.items():
                 level.optimisers[name].adam.load_state_dict(state)
         past = history(checkpoint)
-        past["commits"] += [commit for commit in self.commits if commit not in past["commits"]]
-        vars(self).update(past)
+        vars(self).update(past, commits=list(dict.fromkeys(past["commits"] + self.commits)))
         self.logged, self.score = self.step, float(checkpoint["score"])
         self.updates = [int(count) for count in checkpoint["updates"]]
         self.memory, self.now = checkpoint["memory"], checkpoint["now"]
@@ -755,10 +747,7 @@ def train(run, progress=True):
 
 def play(agent, make_env, episodes, seed=0, progress=True):
     """The returns of `episodes` episodes, played side by side by an agent that samples its actions; the agent
-    None plays at random.
-
-    Every environment plays equally many episodes: taking the first so many that end would favour short ones.
-    """
+    None plays at random. Each environment plays equally many: those that end first are the short ones."""
     n = max(d for d in range(1, 17) if episodes % d == 0)
     # After an episode's end the next step resets, whatever the action: the agent sees the end, then a start.
     envs = SyncVectorEnv([make_env] * n, autoreset_mode=AutoresetMode.NEXT_STEP)
@@ -794,9 +783,8 @@ def play(agent, make_env, episodes, seed=0, progress=True):
 def origin():
     """What a result comes from: command, commit, whether files were changed since it ("dirty"), versions."""
     try:
-        git = ["git", "describe", "--always", "--dirty=+", "--exclude=*"]
-        commit = subprocess.run(git, cwd=Path(__file__).parent, check=True, capture_output=True, text=True)
-        commit = commit.stdout.strip()
+        git = ["git", "-C", Path(__file__).parent, "describe", "--always", "--dirty=+", "--exclude=*"]
+        commit = subprocess.check_output(git, stderr=subprocess.DEVNULL, text=True).strip()
     except (OSError, subprocess.CalledProcessError):
         commit = "unknown"
     versions = {"python": sys.version.split()[0], "torch": torch.__version__, "numpy": np.__version__,
@@ -813,25 +801,23 @@ def statistics(returns):
 
 def evaluation(config, agent, past, episodes, seed):
     """Play for a score. Returns all that is known of a run, for a JSON file. past: what `history` returns."""
-    make, atari = functools.partial(make_env, config.game), config.game in atari_games()
+    make, device = functools.partial(make_env, config.game), config.device
     with autocast(config):
         returns = play(agent, make, episodes, seed)
-    # Of other games no score is published: random play is measured, to compare.
-    random_measured = None if atari else statistics(play(None, make, 20, seed))
-    score, device = statistics(returns), config.device
-    random, human = REFERENCE.get(config.game, (None, None))
-    everything, usual = dataclasses.asdict(config), dataclasses.asdict(Config()) | PRESETS[config.preset]
-    settings = {name: value for name, value in everything.items() if value != usual[name]
-                and name not in RESUMABLE | {"game", "preset", "seed", "levels"}}
-    protocol = f"{episodes} episodes, sampled actions" + (", " + Atari.PROTOCOL if atari else "")
+    score, (random, human) = statistics(returns), REFERENCE.get(config.game, (None, None))
+    # Where no score is published random play is measured, to compare.
+    random_measured = statistics(play(None, make, 20, seed)) if random is None else None
+    protocol = f"{episodes} episodes, sampled actions"
+    if config.game in atari_games():
+        protocol += ", " + Atari.PROTOCOL
     return {"game": config.game, "levels": config.levels, "seed": config.seed, "preset": config.preset,
-            "settings": settings, "agent_steps": past["step"], "hours": round(past["seconds"] / 3600, 3),
+            "agent_steps": past["step"], "hours": round(past["seconds"] / 3600, 3),
             **score, "median": float(np.median(returns)), "random": random, "human": human,
             "human_normalised": None if human is None else (score["mean"] - random) / (human - random),
             "random_measured": random_measured, "protocol": protocol, "evaluation_seed": seed,
             "threads": torch.get_num_threads(), "trained_by": past["commits"],
             "device": torch.cuda.get_device_name(device) if device.startswith("cuda") else device,
-            "config": everything, "curve": past["curve"], **origin()}
+            "config": dataclasses.asdict(config), "curve": past["curve"], **origin()}
 
 
 def report(summary):
@@ -934,8 +920,8 @@ def main(argv):
                     raise UsageError(f"{directory} already exists: add --resume to go on, or choose another"
                                      " --logdir")
                 return finish(*resumed(checkpoint, given, place.device), again)
-            # A first save that was killed, or met a full disk, leaves empty files and the one it was writing.
-            if any(path.is_file() and path.stat().st_size and path.name != "writing.tmp"
+            # A first save that was killed, or met a full disk, leaves empty files and unfinished ones.
+            if any(path.is_file() and path.stat().st_size and path.suffix != ".tmp"
                    for path in directory.rglob("*")):
                 raise UsageError(f"{directory} has other files and no checkpoint.pt: choose another --logdir")
             run = Run(config, make_env(config.game))
@@ -957,7 +943,7 @@ def finish(run, note, again):
     if number:
         print(f"stopped at step {run.step}, saved; continue with: {again}")
         return 128 + number
-    open(directory / "writing.tmp", "wb").close()  # to know before playing that it can be written
+    open(directory / "evaluation.json.tmp", "wb").close()  # to know before playing that it can be written
     summary = evaluation(config, run.agent, history(vars(run)), config.eval_episodes, config.seed)
     write_json(summary, directory / "evaluation.json")  # first: there may be no terminal to print to
     print(report(summary))
