@@ -236,11 +236,17 @@ class Level(nn.Module):
         self.slow_critics = copy.deepcopy(self.critics).requires_grad_(False)
         self.autoencoder = SubgoalAutoencoder(self.world_model.hidden, code_shape, units, mlp_layers)
         self.normaliser = ReturnNormaliser([self.FLOORS[name] for name in rewards])
-        # A reward's own discount, beside gamma: a goal lives k ticks, its choice is judged by the next state.
+        # Each reward's weight in what is done in states 0 ... horizon-1, and its own discount in states 1 ...
+        # horizon, beside gamma: both (horizon,1,R). A goal lives k ticks, its choice is judged by the next
+        # state. In state k its time is up: nothing done from then on tells how well it was followed.
         stays = {"subgoal": 1 - 1 / k, "reached": 0.0} if hindsight else {}
-        stays, weights = [stays.get(name, 1.0) for name in rewards], list(rewards.values())
-        self.register_buffer("stays", torch.tensor(stays), persistent=False)
-        self.register_buffer("weights", torch.tensor(weights), persistent=False)
+        stays = torch.tensor([stays.get(name, 1.0) for name in rewards]).repeat(horizon, 1, 1)
+        weights = torch.tensor(list(rewards.values())).repeat(horizon, 1, 1)
+        if self.relative:
+            goal = list(rewards).index("subgoal")
+            stays[k - 1:, :, goal] = weights[k:, :, goal] = 0
+        self.register_buffer("stays", stays, persistent=False)
+        self.register_buffer("weights", weights, persistent=False)
         encoder, others = self.world_model.encoder.parameters(), [
             p for name, p in self.world_model.named_parameters() if not name.startswith("encoder.")]
         self.optimisers = {
@@ -392,7 +398,8 @@ class Level(nn.Module):
         actor_loss = -(weight * (log_p * advantage + self.entropy_scale * policy_entropy)).mean()
         # The slow copy holds the critic back, or it would chase its own bootstrapped predictions.
         critic_loss = twohot.loss(logits[:-1], returns) + twohot.loss(logits[:-1], slow_value)
-        critic_loss = (weight[..., None] * critic_loss).mean((0, 1))  # (horizon, N, R) -> (R,)
+        critic_loss = weight[..., None] * (self.weights > 0) * critic_loss  # (horizon, N, R)
+        critic_loss = critic_loss.mean((0, 1))  # (R,)
 
         (actor_loss + critic_loss.sum()).backward()  # they share no parameter, so one pass serves both
         metrics = {f"opt/{name}_grad_norm": self.optimisers[name].step() for name in ("actor", "critic")}

@@ -744,7 +744,8 @@ def test_every_level_has_the_rewards_of_its_place():
     assert flat.levels[0].rewards == extrinsic and flat.levels[0].subgoal_shape[0] == 0
     expected = extrinsic | subgoal, extrinsic | subgoal | novelty, extrinsic | novelty
     for level, rewards, categoricals in zip(three.levels, expected, (8, 8, 0)):
-        assert level.rewards == rewards and level.weights.tolist() == pytest.approx(list(rewards.values()))
+        assert level.rewards == rewards
+        assert level.weights[-1, 0].tolist() == pytest.approx(list(rewards.values()))
         assert level.subgoal_shape == (categoricals, 8)
     assert [level.action_shape for level in three.levels] == [(1, 3), (8, 8), (8, 8)]
 
@@ -1122,8 +1123,10 @@ def test_both_levels_are_paid_for_a_goal_alike():
     assert bottom.rewards == {"extrinsic": 1.0, "subgoal": 0.3}
     assert top.rewards == {"extrinsic": 1.0, "novelty": 0.1, "reached": 0.3}
     assert middle.rewards == bottom.rewards | top.rewards
-    assert dict(zip(middle.rewards, middle.stays.tolist())) == {
-        "extrinsic": 1.0, "subgoal": 0.75, "novelty": 1.0, "reached": 0.0}
+    for t in range(16):  # in state t + 1 the return goes on, in state t an action is judged
+        assert dict(zip(middle.rewards, middle.stays[t, 0].tolist())) == {
+            "extrinsic": 1.0, "subgoal": 0.75 * (t < 3), "novelty": 1.0, "reached": 0.0}
+        assert middle.weights[t, 0].tolist() == pytest.approx([1.0, 0.3 * (t < 4), 0.1, 0.3])
     assert middle.below == [bottom] and top.below == [middle]
     assert (small(3).levels[1].stays == 1).all()
 
@@ -1203,9 +1206,12 @@ def tabular(action_shape, rewards=("extrinsic",), **behaviour):
 def test_behaviour_by_hand(monkeypatch):
     """Losses and gradients of actor and critics are those of the equations, written out in loops: joint
     log-probability times the weighted sum of normalised advantages, entropy, two-hot cross-entropy to the
-    lambda-return and to the slow critic, all weighted by the chance that the episode got that far."""
+    lambda-return and to the slow critic, all weighted by the chance that the episode got that far; nothing of
+    a reward that has no weight in that state."""
     H, N, rewards = 3, 5, ("extrinsic", "subgoal", "novelty")
     level, features = tabular((2, 3), rewards)
+    weights, stays = torch.tensor([[1.0, 0.3, 0.1], [1.0, 0.3, 0.1], [1.0, 0.0, 0.1]]), torch.rand(H, 3)
+    level.weights, level.stays = weights[:, None], stays[:, None]
     for module in (level.actor, level.critics, level.slow_critics):  # the slow ones differ
         for p in module.parameters():
             p.data += torch.randn_like(p)
@@ -1223,17 +1229,18 @@ def test_behaviour_by_hand(monkeypatch):
     for n, r in itertools.product(range(N), range(3)):
         R = value[H, n, r]
         for t in reversed(range(H)):
-            R = returns[t, n, r] = reward[t, n, r] + discount[t, n] * (0.2 * value[t + 1, n, r] + 0.8 * R)
+            after = 0.2 * value[t + 1, n, r] + 0.8 * R
+            R = returns[t, n, r] = reward[t, n, r] + discount[t, n] * stays[t, r] * after
     low, high = np.percentile(returns.flatten(0, 1), [5, 95], axis=0)
     scale = torch.tensor(np.maximum(high - low, [1.0, 0.1, 0.01])).float()
     actor_loss, critic_loss = torch.zeros(()), torch.zeros(3)
     for t, n in itertools.product(range(H), range(N)):
         weight = alive[n] * discount[:t, n].prod() / (H * N)
-        advantage = ((returns[t, n] - value[t, n]) / scale * torch.tensor([1.0, 0.3, 0.1])).sum()
+        advantage = ((returns[t, n] - value[t, n]) / scale * weights[t]).sum()
         log_p = sum(p[t, n, i, pick[t, n, i]].log() for i in range(2))
         actor_loss -= weight * (log_p * advantage - 0.05 * (p[t, n] * p[t, n].log()).sum())
         for target in (returns, slow_value):
-            critic_loss += weight * cross_entropy(logits[t, n], target[t, n])
+            critic_loss += weight * (weights[t] > 0) * cross_entropy(logits[t, n], target[t, n])
     by_hand = {"loss/policy": actor_loss, "ent/action": -(p[:-1] * p[:-1].log()).sum((-2, -1)).mean()}
     for i, name in enumerate(rewards):
         by_hand |= {f"loss/value_{name}": critic_loss[i], f"ret/{name}": returns[..., i].mean(),
@@ -3306,10 +3313,10 @@ def test_goals_alone_train_the_actor_of_level_0_and_nothing_that_dreams(tmp_path
         [agent.levels[0], parameters_of(agent.levels[0])]) or [{}])
     alone.main(tmp_path, tmp_path / "out.jsonl", 3)
     level, before = seen
-    assert level.weights.tolist() == [0, 1] and level.hindsight == 1
+    assert level.weights[:5, 0].tolist() == 4 * [[0, 1]] + [[0, 0]] and level.hindsight == 1
     assert torch.equal(level.world_model.inputs.weight, run.agent.levels[0].world_model.inputs.weight)
     for name, p in level.named_parameters():
-        changed = name.startswith(("actor", "critics", "slow_critics"))
+        changed = name.startswith(("actor", "critics.nets.1", "slow_critics.nets.1"))
         assert torch.equal(p, before[name]) != changed, name
     assert json.loads((tmp_path / "out.jsonl").read_text())["updates"] == 0
     with pytest.raises(train.UsageError, match="without --hindsight"):
@@ -3441,7 +3448,8 @@ def test_one_part_of_hindsight_is_left_out(part, monkeypatch):
     assert part in without.PARTS and {
         "changes": not lower.relative, "foreseen": lower.origin(h).equal(h),
         "goals": lower.hindsight_goals(goal, h, start) is goal,
-        "reached": upper.weights.tolist()[-1] == 0, "life": lower.stays.tolist() == [1, 1]
+        "reached": upper.weights[0, 0, -1] == 0,
+        "life": lower.stays[:, 0].tolist() == 16 * [[1, 1]] and (lower.weights > 0).all()
     } == {name: name == part for name in without.PARTS}
     monkeypatch.setattr(sys.modules["hierarchy"], "Level", script("key_door").CuriousLevel)
     agent = small(levels=1)

@@ -33,7 +33,8 @@ def main(directory, out, updates):
     for name in level.optimisers.keys() - {"actor", "critic"}:
         for group in level.optimisers[name].adam.param_groups:
             group["lr"] = 0.0
-    level.hindsight, level.weights = 1.0, torch.tensor([float(name == "subgoal") for name in level.rewards])
+    alone = torch.tensor([float(name == "subgoal") for name in level.rewards])
+    level.hindsight, level.weights = 1.0, (level.weights > 0) * alone
     entropy = None
     for i in range(int(updates) + 1):
         if i % 250 == 0:

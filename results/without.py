@@ -25,9 +25,9 @@ class Without(hierarchy.Level):
         super().__init__(*args, **others)
         self.relative = self.relative and PART != "changes"
         if PART == "reached" and PART in self.rewards:
-            self.weights[list(self.rewards).index(PART)] = 0
+            self.weights[..., list(self.rewards).index(PART)] = 0
         if PART == "life":
-            self.stays[:] = 1
+            self.stays[:], self.weights[:] = 1, self.weights[:1].clone()
 
     def origin(self, start, ticks=None):
         origin = super().origin(start, ticks)
