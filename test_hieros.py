@@ -2263,6 +2263,19 @@ def test_time_limits_are_truncation_and_every_episode_has_one(registered):
     assert train.make_env(registered()).max_steps == 27_000
 
 
+@pytest.mark.parametrize("limit, ends", [(6, 0), (99, 2)])
+def test_a_time_limit_is_no_death(registered, tmp_path, limit, ends):
+    """Of an episode that was cut a run remembers the last step, and none that is terminal; of one that
+    ended, both. A run goes on under the same commit without naming it twice."""
+    command = ["--game", registered(limit=limit), "--logdir", str(tmp_path / "run"), *QUICK]
+    assert train.main([*command, "--steps", "25"]) == train.main([*command, "--resume", "--steps", "26"]) == 0
+    run, _ = train.resumed(tmp_path / "run" / "checkpoint.pt", {}, "cpu")
+    for replay in run.replays:
+        steps = {name: array[:replay.total] for name, array in replay.arrays.items()}
+        assert steps["is_last"].sum() == 24 // min(limit, 10) and steps["is_terminal"].sum() == ends
+    assert run.commits == [train.origin()["commit"] + "+" * train.origin()["dirty"]]
+
+
 def test_a_module_of_ones_own(tmp_path, monkeypatch, refused):
     """--game my_module:MyEnv-v0 imports the module, which registers it; auto finds the preset for vectors."""
     (tmp_path / "corridor.py").write_text(
