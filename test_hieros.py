@@ -2263,6 +2263,14 @@ def test_time_limits_are_truncation_and_every_episode_has_one(registered):
     assert train.make_env(registered()).max_steps == 27_000
 
 
+def test_levels_learn_as_much_more_rarely_as_they_act(registered, tmp_path):
+    """Level i is updated every train_every k^i steps, once the warmup is over and one sequence is there."""
+    settings = dict(levels=3, train_every=3, k=2, batch_size=2, batch_length=4, starts=8, horizon=2, warmup=6)
+    run = untrained_run(tmp_path, registered(), steps=48, **settings)
+    train.train(run, progress=False)
+    assert run.updates == [15, 7, 4]  # from steps 6, 12 and 12 on: at 6 level 1 has three ticks of four
+
+
 @pytest.mark.parametrize("limit, ends", [(6, 0), (99, 2)])
 def test_a_time_limit_is_no_death(registered, tmp_path, limit, ends):
     """Of an episode that was cut a run remembers the last step, and none that is terminal; of one that
