@@ -544,7 +544,8 @@ def test_every_place_paints_its_own_patch():
 
 @pytest.mark.parametrize("shape", [(6,), (3, 64, 64)])
 def test_an_untrained_model_paints_the_mean_of_what_it_has_seen(shape):
-    """Encoder and decoder deal with what differs from the running mean, and start from exactly that mean."""
+    """Encoder and decoder deal with what differs from the running mean, and start from exactly that mean: of
+    all at first, after many updates of about the last thousand."""
     model, batches = WorldModel(shape, 3, **TINY), torch.rand(5, 2, 4, *shape)
     for batch in batches:
         model.update_statistics(batch)
@@ -554,6 +555,9 @@ def test_an_untrained_model_paints_the_mean_of_what_it_has_seen(shape):
     q = model.posterior(batches[0, 0])
     model.mean.zero_()
     assert torch.allclose(model.posterior(batches[0, 0] - mean), q, atol=1e-5)
+    model.updates.fill_(5000)
+    model.update_statistics(torch.ones(2, 4, *shape))
+    assert torch.allclose(model.mean, torch.full(shape, 1e-3))
 
 
 def test_numbers_of_any_unit_count_alike():
