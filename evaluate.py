@@ -50,7 +50,7 @@ def load_run(directory, device):
         checkpoint = load_checkpoint(path, "cpu")
         config = make_config(checkpoint["config"] | {"device": device, "logdir": str(directory)})
         agent = make_agent(config, make_env(config.game))
-        agent.load_state_dict(checkpoint["weights"])
+        agent.load_state_dict(checkpoint["averaged"])
         return config, agent, history(checkpoint)
 
 
@@ -192,7 +192,7 @@ AGGREGATES = ("mean", "median", "IQM", "optimality gap")  # more is better; of t
 # nothing: as if there were no such setting. A new setting that has such a value belongs here, or else the
 # runs from before it stand apart, as "unknown".
 NEUTRAL = {"observation_variance": 0, "sequence": "s5", "compile": False, "warmup_hold": 1, "hindsight": 0,
-           "decoded": 1}
+           "decoded": 1, "ema_decay": 0}
 
 
 def read_published():

@@ -1617,19 +1617,20 @@ def metrics_of(directory):
 @slow
 def test_resumed_run_is_bitwise_the_undisturbed_one(tmp_path):
     """Stop at a checkpoint, start with all new objects, resume: metrics and weights are the same bits."""
-    whole = train.Run(catch_config(tmp_path / "whole", starts=32), Catch())
+    whole = train.Run(catch_config(tmp_path / "whole", starts=32, ema_decay=0.9), Catch())
     train.train(whole, progress=False)
-    first = train.Run(catch_config(tmp_path / "parts", starts=32, steps=200), Catch())
+    first = train.Run(catch_config(tmp_path / "parts", starts=32, ema_decay=0.9, steps=200), Catch())
     train.train(first, progress=False)
-    config = catch_config(tmp_path / "parts", starts=32)
+    config = catch_config(tmp_path / "parts", starts=32, ema_decay=0.9)
     second = train.Run(dataclasses.replace(config, seed=1), Catch())  # whatever it starts from is replaced
     second.restore(train.load_checkpoint(tmp_path / "parts" / "checkpoint.pt", "cpu"))
     assert second.step == 200
     train.train(second, progress=False)
     assert metrics_of(tmp_path / "whole") == metrics_of(tmp_path / "parts")
     assert second.curve == whole.curve and second.updates == whole.updates and min(whole.updates) > 0
-    for name, value in whole.agent.state_dict().items():
-        assert torch.equal(value, second.agent.state_dict()[name]), name
+    for agent, other in ((whole.agent, second.agent), (whole.averaged, second.averaged)):
+        for name, value in agent.state_dict().items():
+            assert torch.equal(value, other.state_dict()[name]), name
 
 
 @slow
@@ -2642,16 +2643,51 @@ def test_a_score_is_written_before_it_is_printed_and_its_file_tried_before_it_is
         evaluate.main([str(tmp_path)])
 
 
-def test_evaluation_loads_the_trained_weights(tmp_path):
-    """What is evaluated are the weights of the checkpoint, not freshly drawn ones."""
-    run = untrained_run(tmp_path)
-    with torch.no_grad():
-        for parameter in run.agent.parameters():
-            parameter.add_(1.0)
+def test_what_is_scored_is_the_running_mean_of_the_weights(tmp_path, monkeypatch):
+    """The weights that are scored, in the end of a run and by evaluate.py, are of the checkpoint: the plain
+    mean of those after each update at first, later an exponential one; without ema_decay the last ones."""
+    run, history = untrained_run(tmp_path / "mean", ema_decay=0.75, levels=1), []
+    parameter = run.agent.levels[0].world_model.inputs.weight
+    mean, scored = run.averaged.levels[0].world_model.inputs.weight, []
+    for i in range(1, 7):
+        parameter.data.fill_(10.0 ** i)
+        run.updates[0] = i
+        run.average()
+        expected = torch.full_like(mean, 10.0 ** i)
+        expected = expected if i == 1 else history[-1].lerp(expected, 1 / i if i < 4 else 0.25)
+        assert torch.allclose(mean, expected)
+        history.append(mean.clone())
     run.save()
-    _, agent, _ = evaluate.load_run(tmp_path, "cpu")
-    for name, value in agent.state_dict().items():
-        assert torch.equal(value, run.agent.state_dict()[name]), name
+    assert torch.equal(evaluate.load_run(run.directory, "cpu")[1].levels[0].world_model.inputs.weight, mean)
+    last = untrained_run(tmp_path / "last", levels=1)
+    assert last.averaged is last.agent
+    monkeypatch.setattr(train, "train", lambda run: 0)
+    monkeypatch.setattr(train, "evaluation", lambda config, agent, *_: scored.append(agent) or {})
+    monkeypatch.setattr(train, "report", str)
+    for each in (run, last):
+        train.finish(each, "", "")
+    assert scored == [run.averaged, last.agent]
+
+
+@slow
+def test_the_mean_follows_each_update_of_level_0(tmp_path):
+    """After every update of level 0 the averaged agent follows, here as the plain mean; who acts and learns
+    does so as without it."""
+    usual = train.Run(catch_config(tmp_path / "usual", starts=32, steps=116), Catch())
+    train.train(usual, progress=False)
+    run = train.Run(catch_config(tmp_path / "mean", starts=32, steps=116, ema_decay=1.0), Catch())
+    learn, total = run.learn, [torch.zeros_like(p) for p in run.agent.parameters()]
+
+    def learn_and_sum():
+        before = run.updates[0]
+        learn()
+        for each, p in zip(total, run.agent.parameters()):
+            each += p.detach() * (run.updates[0] - before)
+    run.learn = learn_and_sum
+    train.train(run, progress=False)
+    assert run.updates[0] == 9 and all(map(torch.equal, usual.agent.parameters(), run.agent.parameters()))
+    for mean, each in zip(run.averaged.levels[0].parameters(), total):
+        assert torch.allclose(mean, each / 9, atol=1e-6)
 
 
 @slow
@@ -2766,7 +2802,7 @@ BOTH = EVALUATE, TRAIN = "evaluate.py run --episodes 1", "train.py --resume --lo
     (BOTH, lambda c: c | {"config": c["config"] | {"game": "chess"}}, "unknown game"),
     (BOTH, lambda c: c | {"config": c["config"] | {"game": "pong"}}, "size mismatch"),
     (BOTH, lambda c: c | {"config": c["config"] | {"hidden": 32}}, "size mismatch"),
-    (BOTH, lambda c: c | {"weights": {}}, "Missing key"),
+    (BOTH, lambda c: c | {"weights": {}, "averaged": {}}, "Missing key"),
     (BOTH, lambda c: {name: c[name] for name in ("config", "weights")}, "KeyError"),
     ([EVALUATE], lambda c: c | {"curve": "high"}, "ValueError"),
     ([EVALUATE], lambda c: c | {"seconds": None}, "TypeError"),
