@@ -1,5 +1,5 @@
-"""Does a running mean of the weights play better than the last ones? A run plays with both, trains on for 1,000
-steps, plays again, and so on:
+"""Does a running mean of the weights play better than the last ones? A run plays with both, trains on for
+1,000 steps, plays again, and so on:
 
     python results/average.py RUN STEPS OUT.jsonl
 
@@ -32,12 +32,13 @@ def main(path, steps, out):
             run.averaged, run.config.ema_decay = copy.deepcopy(run.agent), train.PRESETS["cpu"]["ema_decay"]
         make, last = functools.partial(train.make_env, run.config.game), run.step + int(steps)
         while True:
-            line, rng = {"game": run.config.game, "seed": run.config.seed, "step": run.step}, torch.get_rng_state()
+            line, rng = {name: getattr(run.config, name) for name in ("game", "seed")}, torch.get_rng_state()
+            line["step"] = run.step
             for name, agent in ("last", run.agent), ("averaged", run.averaged):
                 line[name] = train.statistics(train.play(agent, make, EPISODES, run.step, progress=False))
             with open(out, "a") as file:
                 file.write(json.dumps(line | train.origin()) + "\n")
-            print(*line.values(), flush=True)
+            print(line, flush=True)
             if run.step >= last:
                 return
             torch.set_rng_state(rng)  # it trains on as if it had not been asked to play
