@@ -192,7 +192,7 @@ AGGREGATES = ("mean", "median", "IQM", "optimality gap")  # more is better; of t
 # nothing: as if there were no such setting. A new setting that has such a value belongs here, or else the
 # runs from before it stand apart, as "unknown".
 NEUTRAL = {"observation_variance": 0, "sequence": "s5", "compile": False, "warmup_hold": 1, "hindsight": 0,
-           "decoded": 1, "ema_decay": 0}
+           "decoded": 1, "ema_decay": 0, "reward_scale": 1}
 
 
 def read_published():

@@ -236,7 +236,7 @@ def test_shapes_that_do_not_fit_name_both():
 # ------------------------------------------------------------------------------------------------------------
 
 TINY = dict(stoch=4, classes=8, hidden=32, state_size=16, s5_layers=2, memory=64, units=32, mlp_layers=1,
-            depth=4, first_stride=4, sharpness=1.0, kl_warmup=0, decoded=1.0, scaled=False)
+            depth=4, first_stride=4, sharpness=1.0, kl_warmup=0, decoded=1.0, reward_scale=1.0, scaled=False)
 BEHAVIOUR = dict(horizon=3, starts=8, gamma=0.9, lam=0.8, entropy_scale=0.05, slow=0.02, model_lr=0.0,
                  encoder_lr=0.0, actor_lr=0.05, critic_lr=0.05, autoencoder_lr=0.0, k=4, hindsight=0.0,
                  below=None)

@@ -97,6 +97,7 @@ class Config:
     sharpness: float = setting(10.0, 0)     # factor of the initial posterior's logits (Hieros: 1)
     kl_warmup: int = setting(200, 0)        # updates without KL, which rises for as many more (Hieros: 0)
     decoded: float = setting(1.0, 0, 1)     # share of a batch's observations that is decoded to learn from
+    reward_scale: float = setting(1.0, 0)   # weight of the reward's loss beside the observation's
 
     # Behaviour (hierarchy.py).
     horizon: int = setting(16, 2)           # imagined steps
@@ -445,7 +446,8 @@ def make_agent(config, env):
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = config.precision == "tf32"
     model = {name: getattr(config, name) for name in (
         "stoch", "classes", "hidden", "state_size", "s5_layers", "units", "mlp_layers", "depth",
-        "first_stride", "sharpness", "kl_warmup", "decoded")} | {"memory": config.batch_length}
+        "first_stride", "sharpness", "kl_warmup", "decoded", "reward_scale")}
+    model["memory"] = config.batch_length
     behaviour = {name: getattr(config, name) for name in (
         "horizon", "starts", "gamma", "lam", "entropy_scale", "slow", "encoder_lr", "model_lr", "actor_lr",
         "critic_lr", "autoencoder_lr", "hindsight")}
@@ -491,7 +493,7 @@ def load_checkpoint(path, device):
             raise ValueError("a checksum is wrong")
     checkpoint = tree_map(unpack, torch.load(path, map_location=device, weights_only=True))
     # A run from before this was a setting goes on as it was, not as the preset is now.
-    checkpoint["config"] = {"decoded": 1.0, "ema_decay": 0.0} | checkpoint["config"]
+    checkpoint["config"] = {"decoded": 1.0, "ema_decay": 0.0, "reward_scale": 1.0} | checkpoint["config"]
     return {"averaged": checkpoint["weights"]} | checkpoint
 
 
@@ -617,7 +619,6 @@ class Run:
                 if i == 0 and c.ema_decay:
                     self.average()
 
-    @torch.no_grad()
     def average(self):
         """Let the averaged agent follow: all levels, once an update of level 0. At first it is a plain mean,
         or else the initial weights would stay in it for hundreds of updates."""

@@ -9,7 +9,7 @@ from replay import Replay
 from world_model import WorldModel
 
 MODEL = ("stoch", "classes", "hidden", "state_size", "s5_layers", "units", "mlp_layers", "depth",
-         "first_stride", "sharpness", "kl_warmup", "decoded")
+         "first_stride", "sharpness", "kl_warmup", "decoded", "reward_scale")
 
 
 def record(game, length, steps, seed):
