@@ -32,13 +32,13 @@ def record(game, length, steps, seed):
 def tensors(batch, actions):
     """The arguments of WorldModel.loss."""
     batch = {name: torch.from_numpy(array) for name, array in batch.items()}
-    return (batch["observation"].movedim(-1, -3) / 255, torch.eye(actions)[batch["action"].long()], batch["reward"],
-            batch["is_first"], batch["is_terminal"])
+    return (batch["observation"].movedim(-1, -3) / 255, torch.eye(actions)[batch["action"].long()],
+            batch["reward"], batch["is_first"], batch["is_terminal"])
 
 
 def learner(config, game, held_out, replay=None):
-    """(WorldModel, a function that trains it once, the last `held_out` steps as the arguments of its loss), on
-    random play, or on a replay that has not wrapped around."""
+    """(WorldModel, a function that trains it once, the last `held_out` steps as the arguments of its loss).
+    replay: one that has not wrapped around; random play by default."""
     T, actions = config.batch_length, int(train.make_env(game).action_space.n)
     replay = replay or record(game, T, 6000 + held_out, config.seed)
     last = slice(replay.total - held_out, replay.total)

@@ -58,7 +58,8 @@ def main(path, scale, updates, out):
     for i in range(1, int(updates) + 1):
         update()
         if i % 300 == 0:
-            line = {"game": config.game, "steps": past["step"], "reward_scale": config.reward_scale, "updates": i}
+            line = {"game": config.game, "steps": past["step"], "reward_scale": config.reward_scale,
+                    "updates": i}
             line |= measure(model, observation, action, reward, is_first)
             with open(out, "a") as file:
                 file.write(json.dumps(line | train.origin()) + "\n")
