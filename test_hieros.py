@@ -363,9 +363,11 @@ def test_imagination_starts_where_observation_ends():
 @pytest.mark.parametrize("scaled", [False, True])
 def test_loss_by_hand(scaled, fixed_draws):
     """The squared error summed over the observation, in units of its deviation where `scaled`; two-hot
-    cross-entropy of the reward, Bernoulli of going on, 0.5 and 0.1 of the KL with its free nat; means over
-    all steps. A start state is the posterior's."""
-    model = awake(WorldModel((6,), 3, **TINY | dict(sharpness=50.0, scaled=scaled)))
+    cross-entropy of the reward, times reward_scale, Bernoulli of going on, 0.5 and 0.1 of the KL with its
+    free nat; means over all steps. A start state is the posterior's."""
+    reward_scale = 5.0 if scaled else 1.0
+    settings = TINY | dict(sharpness=50.0, scaled=scaled, reward_scale=reward_scale)
+    model = awake(WorldModel((6,), 3, **settings))
     observation = torch.rand(2, 5, 6) * torch.tensor([1, 10, 1, 1, 1, 0.1])
     action = F.one_hot(torch.randint(3, (2, 5)), 3).float()
     reward, first, terminal = torch.randn(2, 5), first_flags(2, 5, 0, 3), first_flags(2, 5, 2)
@@ -382,6 +384,7 @@ def test_loss_by_hand(scaled, fixed_draws):
     for name, value in by_hand.items():
         assert torch.allclose(metrics[name], value.mean(), atol=1e-5), name
     parts = [by_hand[name].mean() for name in ("loss/vector", "loss/rew", "loss/con")]
+    parts[1] = reward_scale * parts[1]
     assert torch.allclose(loss, sum(parts) + 0.6 * by_hand["loss/dyn"].mean(), atol=1e-4)
     for field, value in zip(states, (x, z, h, entropy(q), model.twohot.mean(logits), cont)):
         assert torch.allclose(field, value, atol=1e-5) and not field.requires_grad
@@ -2842,15 +2845,18 @@ def test_a_wrong_replay_is_one_clear_line(saved_run, refused, tmp_path, damage):
 
 
 def test_an_older_run_goes_on_as_it_was(saved_run, tmp_path):
-    """A checkpoint of before `decoded` was a setting decoded everything, whatever the preset does now."""
+    """A checkpoint of before a setting goes on without it, whatever the preset does now; the weights that are
+    scored are its last ones."""
     shutil.copytree(saved_run, tmp_path / "run")
     path = tmp_path / "run" / "checkpoint.pt"
     old = torch.load(path, weights_only=True)
     old["config"] |= {"preset": "cpu"}
-    del old["config"]["decoded"]
-    torch.save(old, path)
-    assert train.PRESETS["cpu"]["decoded"] < 1
-    assert train.resumed(path, {}, "cpu")[0].config.decoded == 1
+    neutral = {"decoded": 1.0, "ema_decay": 0.0, "reward_scale": 1.0}
+    for name in neutral:
+        del old["config"][name]
+    torch.save({name: value for name, value in old.items() if name != "averaged"}, path)
+    run = train.resumed(path, {}, "cpu")[0]
+    assert {name: getattr(run.config, name) for name in neutral} == neutral and run.averaged is run.agent
 
 
 @pytest.mark.parametrize("flags", ["--levels 3", "--game boxing", "--preset cpu", "--seed 1", "--tau 0.0"])
