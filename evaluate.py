@@ -50,7 +50,7 @@ def load_run(directory, device):
         checkpoint = load_checkpoint(path, "cpu")
         config = make_config(checkpoint["config"] | {"device": device, "logdir": str(directory)})
         agent = make_agent(config, make_env(config.game))
-        agent.load_state_dict(checkpoint["averaged"])
+        agent.load_state_dict(checkpoint["weights"])
         return config, agent, history(checkpoint)
 
 

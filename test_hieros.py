@@ -236,7 +236,7 @@ def test_shapes_that_do_not_fit_name_both():
 # ------------------------------------------------------------------------------------------------------------
 
 TINY = dict(stoch=4, classes=8, hidden=32, state_size=16, s5_layers=2, memory=64, units=32, mlp_layers=1,
-            depth=4, first_stride=4, sharpness=1.0, kl_warmup=0, decoded=1.0, reward_scale=1.0, scaled=False)
+            depth=4, first_stride=4, sharpness=1.0, kl_warmup=0, decoded=1.0, scaled=False)
 BEHAVIOUR = dict(horizon=3, starts=8, gamma=0.9, lam=0.8, entropy_scale=0.05, slow=0.02, model_lr=0.0,
                  encoder_lr=0.0, actor_lr=0.05, critic_lr=0.05, autoencoder_lr=0.0, k=4, hindsight=0.0,
                  below=None)
@@ -363,11 +363,9 @@ def test_imagination_starts_where_observation_ends():
 @pytest.mark.parametrize("scaled", [False, True])
 def test_loss_by_hand(scaled, fixed_draws):
     """The squared error summed over the observation, in units of its deviation where `scaled`; two-hot
-    cross-entropy of the reward, times reward_scale, Bernoulli of going on, 0.5 and 0.1 of the KL with its
-    free nat; means over all steps. A start state is the posterior's."""
-    reward_scale = 5.0 if scaled else 1.0
-    settings = TINY | dict(sharpness=50.0, scaled=scaled, reward_scale=reward_scale)
-    model = awake(WorldModel((6,), 3, **settings))
+    cross-entropy of the reward, Bernoulli of going on, 0.5 and 0.1 of the KL with its free nat; means over
+    all steps. A start state is the posterior's."""
+    model = awake(WorldModel((6,), 3, **TINY | dict(sharpness=50.0, scaled=scaled)))
     observation = torch.rand(2, 5, 6) * torch.tensor([1, 10, 1, 1, 1, 0.1])
     action = F.one_hot(torch.randint(3, (2, 5)), 3).float()
     reward, first, terminal = torch.randn(2, 5), first_flags(2, 5, 0, 3), first_flags(2, 5, 2)
@@ -384,7 +382,6 @@ def test_loss_by_hand(scaled, fixed_draws):
     for name, value in by_hand.items():
         assert torch.allclose(metrics[name], value.mean(), atol=1e-5), name
     parts = [by_hand[name].mean() for name in ("loss/vector", "loss/rew", "loss/con")]
-    parts[1] = reward_scale * parts[1]
     assert torch.allclose(loss, sum(parts) + 0.6 * by_hand["loss/dyn"].mean(), atol=1e-4)
     for field, value in zip(states, (x, z, h, entropy(q), model.twohot.mean(logits), cont)):
         assert torch.allclose(field, value, atol=1e-5) and not field.requires_grad
@@ -1620,20 +1617,19 @@ def metrics_of(directory):
 @slow
 def test_resumed_run_is_bitwise_the_undisturbed_one(tmp_path):
     """Stop at a checkpoint, start with all new objects, resume: metrics and weights are the same bits."""
-    whole = train.Run(catch_config(tmp_path / "whole", starts=32, ema_decay=0.9), Catch())
+    whole = train.Run(catch_config(tmp_path / "whole", starts=32), Catch())
     train.train(whole, progress=False)
-    first = train.Run(catch_config(tmp_path / "parts", starts=32, ema_decay=0.9, steps=200), Catch())
+    first = train.Run(catch_config(tmp_path / "parts", starts=32, steps=200), Catch())
     train.train(first, progress=False)
-    config = catch_config(tmp_path / "parts", starts=32, ema_decay=0.9)
+    config = catch_config(tmp_path / "parts", starts=32)
     second = train.Run(dataclasses.replace(config, seed=1), Catch())  # whatever it starts from is replaced
     second.restore(train.load_checkpoint(tmp_path / "parts" / "checkpoint.pt", "cpu"))
     assert second.step == 200
     train.train(second, progress=False)
     assert metrics_of(tmp_path / "whole") == metrics_of(tmp_path / "parts")
     assert second.curve == whole.curve and second.updates == whole.updates and min(whole.updates) > 0
-    for agent, other in ((whole.agent, second.agent), (whole.averaged, second.averaged)):
-        for name, value in agent.state_dict().items():
-            assert torch.equal(value, other.state_dict()[name]), name
+    for name, value in whole.agent.state_dict().items():
+        assert torch.equal(value, second.agent.state_dict()[name]), name
 
 
 @slow
@@ -2646,51 +2642,16 @@ def test_a_score_is_written_before_it_is_printed_and_its_file_tried_before_it_is
         evaluate.main([str(tmp_path)])
 
 
-def test_what_is_scored_is_the_running_mean_of_the_weights(tmp_path, monkeypatch):
-    """The weights that are scored, in the end of a run and by evaluate.py, are of the checkpoint: the plain
-    mean of those after each update at first, later an exponential one; without ema_decay the last ones."""
-    run, history = untrained_run(tmp_path / "mean", ema_decay=0.75, levels=1), []
-    parameter = run.agent.levels[0].world_model.inputs.weight
-    mean, scored = run.averaged.levels[0].world_model.inputs.weight, []
-    for i in range(1, 7):
-        parameter.data.fill_(10.0 ** i)
-        run.updates[0] = i
-        run.average()
-        expected = torch.full_like(mean, 10.0 ** i)
-        expected = expected if i == 1 else history[-1].lerp(expected, 1 / i if i < 4 else 0.25)
-        assert torch.allclose(mean, expected)
-        history.append(mean.clone())
+def test_evaluation_loads_the_trained_weights(tmp_path):
+    """What is evaluated are the weights of the checkpoint, not freshly drawn ones."""
+    run = untrained_run(tmp_path)
+    with torch.no_grad():
+        for parameter in run.agent.parameters():
+            parameter.add_(1.0)
     run.save()
-    assert torch.equal(evaluate.load_run(run.directory, "cpu")[1].levels[0].world_model.inputs.weight, mean)
-    last = untrained_run(tmp_path / "last", levels=1)
-    assert last.averaged is last.agent
-    monkeypatch.setattr(train, "train", lambda run: 0)
-    monkeypatch.setattr(train, "evaluation", lambda config, agent, *_: scored.append(agent) or {})
-    monkeypatch.setattr(train, "report", str)
-    for each in (run, last):
-        train.finish(each, "", "")
-    assert scored == [run.averaged, last.agent]
-
-
-@slow
-def test_the_mean_follows_each_update_of_level_0(tmp_path):
-    """After every update of level 0 the averaged agent follows, here as the plain mean; who acts and learns
-    does so as without it."""
-    usual = train.Run(catch_config(tmp_path / "usual", starts=32, steps=116), Catch())
-    train.train(usual, progress=False)
-    run = train.Run(catch_config(tmp_path / "mean", starts=32, steps=116, ema_decay=1.0), Catch())
-    learn, total = run.learn, [torch.zeros_like(p) for p in run.agent.parameters()]
-
-    def learn_and_sum():
-        before = run.updates[0]
-        learn()
-        for each, p in zip(total, run.agent.parameters()):
-            each += p.detach() * (run.updates[0] - before)
-    run.learn = learn_and_sum
-    train.train(run, progress=False)
-    assert run.updates[0] == 9 and all(map(torch.equal, usual.agent.parameters(), run.agent.parameters()))
-    for mean, each in zip(run.averaged.levels[0].parameters(), total):
-        assert torch.allclose(mean, each / 9, atol=1e-6)
+    _, agent, _ = evaluate.load_run(tmp_path, "cpu")
+    for name, value in agent.state_dict().items():
+        assert torch.equal(value, run.agent.state_dict()[name]), name
 
 
 @slow
@@ -2805,7 +2766,7 @@ BOTH = EVALUATE, TRAIN = "evaluate.py run --episodes 1", "train.py --resume --lo
     (BOTH, lambda c: c | {"config": c["config"] | {"game": "chess"}}, "unknown game"),
     (BOTH, lambda c: c | {"config": c["config"] | {"game": "pong"}}, "size mismatch"),
     (BOTH, lambda c: c | {"config": c["config"] | {"hidden": 32}}, "size mismatch"),
-    (BOTH, lambda c: c | {"weights": {}, "averaged": {}}, "Missing key"),
+    (BOTH, lambda c: c | {"weights": {}}, "Missing key"),
     (BOTH, lambda c: {name: c[name] for name in ("config", "weights")}, "KeyError"),
     ([EVALUATE], lambda c: c | {"curve": "high"}, "ValueError"),
     ([EVALUATE], lambda c: c | {"seconds": None}, "TypeError"),
@@ -2845,18 +2806,15 @@ def test_a_wrong_replay_is_one_clear_line(saved_run, refused, tmp_path, damage):
 
 
 def test_an_older_run_goes_on_as_it_was(saved_run, tmp_path):
-    """A checkpoint of before a setting goes on without it, whatever the preset does now; the weights that are
-    scored are its last ones."""
+    """A checkpoint of before `decoded` was a setting decoded everything, whatever the preset does now."""
     shutil.copytree(saved_run, tmp_path / "run")
     path = tmp_path / "run" / "checkpoint.pt"
     old = torch.load(path, weights_only=True)
     old["config"] |= {"preset": "cpu"}
-    neutral = {"decoded": 1.0, "ema_decay": 0.0, "reward_scale": 1.0}
-    for name in neutral:
-        del old["config"][name]
-    torch.save({name: value for name, value in old.items() if name != "averaged"}, path)
-    run = train.resumed(path, {}, "cpu")[0]
-    assert {name: getattr(run.config, name) for name in neutral} == neutral and run.averaged is run.agent
+    del old["config"]["decoded"]
+    torch.save(old, path)
+    assert train.PRESETS["cpu"]["decoded"] < 1
+    assert train.resumed(path, {}, "cpu")[0].config.decoded == 1
 
 
 @pytest.mark.parametrize("flags", ["--levels 3", "--game boxing", "--preset cpu", "--seed 1", "--tau 0.0"])

@@ -20,7 +20,6 @@ the standard error says what; 130 or 143 stopped by Ctrl+C or SIGTERM, and saved
 
 import argparse
 import contextlib
-import copy
 import ctypes
 import dataclasses
 import difflib
@@ -97,7 +96,6 @@ class Config:
     sharpness: float = setting(10.0, 0)     # factor of the initial posterior's logits (Hieros: 1)
     kl_warmup: int = setting(200, 0)        # updates without KL, which rises for as many more (Hieros: 0)
     decoded: float = setting(1.0, 0, 1)     # share of a batch's observations that is decoded to learn from
-    reward_scale: float = setting(1.0, 0)   # weight of the reward's loss beside the observation's
 
     # Behaviour (hierarchy.py).
     horizon: int = setting(16, 2)           # imagined steps
@@ -117,7 +115,6 @@ class Config:
     actor_lr: float = setting(3e-5, 0)      # learning rate of the actors
     critic_lr: float = setting(3e-5, 0)     # learning rate of the critics
     autoencoder_lr: float = setting(1e-4, 0)  # learning rate of the subgoal autoencoders
-    ema_decay: float = setting(0.0, 0, 1)   # 0: the last weights are scored; else their running mean
 
     # The machine.
     precision: str = setting("tf32", choices=["tf32", "float32", "bf16"])  # of matrix products
@@ -133,7 +130,7 @@ PRESETS = {
     "cpu": dict(train_every=10, decoded=0.25, batch_size=8, batch_length=32, stoch=32, classes=16, hidden=128,
                 state_size=64, s5_layers=2, units=128, first_stride=4, horizon=10, starts=128, gamma=0.99,
                 slow=0.1, entropy_scale=1e-3, subgoal_weight=0.03, encoder_lr=3e-4, model_lr=1e-3,
-                actor_lr=3e-4, critic_lr=1e-3, autoencoder_lr=1e-3, ema_decay=0.995),
+                actor_lr=3e-4, critic_lr=1e-3, autoencoder_lr=1e-3),
     # Observations that are no images cost little: more updates than `cpu`, and done in minutes. Where a step
     # moves little, a random action that lasts gets further than one that trembles: so warmup holds it.
     "vector": dict(steps=20_000, warmup=2500, warmup_hold=4, train_every=6, batch_size=8, batch_length=32,
@@ -446,8 +443,7 @@ def make_agent(config, env):
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = config.precision == "tf32"
     model = {name: getattr(config, name) for name in (
         "stoch", "classes", "hidden", "state_size", "s5_layers", "units", "mlp_layers", "depth",
-        "first_stride", "sharpness", "kl_warmup", "decoded", "reward_scale")}
-    model["memory"] = config.batch_length
+        "first_stride", "sharpness", "kl_warmup", "decoded")} | {"memory": config.batch_length}
     behaviour = {name: getattr(config, name) for name in (
         "horizon", "starts", "gamma", "lam", "entropy_scale", "slow", "encoder_lr", "model_lr", "actor_lr",
         "critic_lr", "autoencoder_lr", "hindsight")}
@@ -493,8 +489,8 @@ def load_checkpoint(path, device):
             raise ValueError("a checksum is wrong")
     checkpoint = tree_map(unpack, torch.load(path, map_location=device, weights_only=True))
     # A run from before this was a setting goes on as it was, not as the preset is now.
-    checkpoint["config"] = {"decoded": 1.0, "ema_decay": 0.0, "reward_scale": 1.0} | checkpoint["config"]
-    return {"averaged": checkpoint["weights"]} | checkpoint
+    checkpoint["config"] = {"decoded": 1.0} | checkpoint["config"]
+    return checkpoint
 
 
 def history(checkpoint):
@@ -550,9 +546,6 @@ class Run:
         self.rng = np.random.default_rng(config.seed)
         with blaming("the networks cannot be made"):
             self.agent = make_agent(config, env)
-        # Who is scored in the end. Where updates are few and their steps large, policies come and go within a
-        # hundred of them; their mean is better than most, and no matter of luck (results/README.md).
-        self.averaged = copy.deepcopy(self.agent) if config.ema_decay else self.agent
         self.discretised = self.agent.discretise()  # of the S5 layers: once an update, not once a step
         # Level i stores k^i times more rarely: with k^i times less room its replay reaches back equally far.
         with blaming(f"--replay_size {config.replay_size}"):  # too little for a sequence, too much for memory
@@ -616,15 +609,6 @@ class Run:
                 with torch.no_grad():
                     self.discretised[i] = level.world_model.sequence.discretise()
                 self.updates[i] += 1
-                if i == 0 and c.ema_decay:
-                    self.average()
-
-    def average(self):
-        """Let the averaged agent follow: all levels, once an update of level 0. At first it is a plain mean,
-        or else the initial weights would stay in it for hundreds of updates."""
-        share = max(1 - self.config.ema_decay, 1 / self.updates[0])
-        for mean, last in zip(self.averaged.state_dict().values(), self.agent.state_dict().values()):
-            mean.lerp_(last, share)
 
     def batch(self, i):
         """A batch from the replay of level i, on the device. A GPU fetches pinned memory while the CPU goes
@@ -668,7 +652,6 @@ class Run:
             log = {"bytes": file.tell()}
         checkpoint = {
             "config": dataclasses.asdict(self.config), "weights": self.agent.state_dict(),
-            "averaged": self.averaged.state_dict(),
             "optimisers": [{name: o.adam.state_dict() for name, o in level.optimisers.items()}
                            for level in self.agent.levels],
             "env": self.env.get_state(), "log": log, "curve": self.curve,
@@ -687,7 +670,6 @@ class Run:
     def restore(self, checkpoint):
         """Continue where `save` was called. Returns whether within the same episode."""
         self.agent.load_state_dict(checkpoint["weights"])
-        self.averaged.load_state_dict(checkpoint["averaged"])
         self.discretised = self.agent.discretise()
         for level, states in zip(self.agent.levels, checkpoint["optimisers"]):
             for name, state in states.items():
@@ -962,7 +944,7 @@ def finish(run, note, again):
         print(f"stopped at step {run.step}, saved; continue with: {again}")
         return 128 + number
     open(directory / "evaluation.json.tmp", "wb").close()  # to know before playing that it can be written
-    summary = evaluation(config, run.averaged, history(vars(run)), config.eval_episodes, config.seed)
+    summary = evaluation(config, run.agent, history(vars(run)), config.eval_episodes, config.seed)
     write_json(summary, directory / "evaluation.json")  # first: there may be no terminal to print to
     print(report(summary))
     return 0

@@ -244,20 +244,18 @@ class WorldModel(nn.Module):
     stoch, classes: number of categoricals in z and their classes. hidden: H, the size of h and the features
     of the S5 layers. state_size, s5_layers, memory: P, the number of S5 layers, the length of the training
     sequences. units, mlp_layers: the MLPs. depth, first_stride: the CNN, where the observation is an image.
-    sharpness: of the initial posterior, a factor of its logits. kl_warmup, decoded, reward_scale: see `loss`.
-    scaled: see `normalise`. Raises ValueError for another observation_shape.
+    sharpness: of the initial posterior, a factor of its logits. kl_warmup, decoded: see `loss`. scaled: see
+    `normalise`. Raises ValueError for another observation_shape.
     """
 
     VARIANCE = 40.0  # of a scaled vector, all numbers together
 
     def __init__(self, observation_shape, action_size, *, stoch, classes, hidden, state_size, s5_layers,
-                 memory, units, mlp_layers, depth, first_stride, sharpness, kl_warmup, decoded, reward_scale,
-                 scaled):
+                 memory, units, mlp_layers, depth, first_stride, sharpness, kl_warmup, decoded, scaled):
         super().__init__()
         self.observation_shape, self.action_size = tuple(observation_shape), action_size
         self.z_shape, self.hidden = (stoch, classes), hidden
-        self.kl_warmup, self.decoded, self.reward_scale = kl_warmup, decoded, reward_scale
-        self.scaled = scaled
+        self.kl_warmup, self.decoded, self.scaled = kl_warmup, decoded, scaled
         inputs = stoch * classes + hidden  # of the heads: (h, z)
         self.feature_size = inputs + 3  # of State.feature, without a subgoal
         if self.observation_shape == (3, 64, 64):
@@ -366,10 +364,9 @@ class WorldModel(nn.Module):
     def loss(self, observation, action, reward, is_first, is_terminal):
         """The loss of S5WM on a batch of sequences, and the posterior states from which to imagine.
 
-            -log p(o) - s log p(r) - log p(c) + 0.5 max(1, KL(sg q || p)) + 0.1 max(1, KL(q || sg p))
+            -log p(o) - log p(r) - log p(c) + 0.5 max(1, KL(sg q || p)) + 0.1 max(1, KL(q || sg p))
 
-        means over (B,T), s = reward_scale. Truncation is not an end: only is_terminal teaches the continue
-        head 0.
+        means over (B,T). Truncation is not an end: only is_terminal teaches the continue head 0.
         Returns (loss, states (B,T) without gradients, metrics).
         """
         z, h, x, q, p = self.observe(observation, action, is_first)
@@ -397,10 +394,7 @@ class WorldModel(nn.Module):
             states = State(x, z, h, entropy(q), self.twohot.mean(reward_logits), torch.sigmoid(cont_logit))
             metrics |= {"loss/dyn": kl.clamp(min=1).mean(),  # its loss/rep is the same number
                         "kl": kl.mean(), "rep_ent": states.entropy.mean(), "dyn_ent": entropy(p).mean()}
-        # An observation costs ten and more, a reward a few tenths: weighed alike (Hieros, s = 1), z shows
-        # where a boxer stands, but not whether he hits, and of dreams without hits nothing is learned.
-        loss = sum(losses.values()) + (self.reward_scale - 1) * losses["rew"] + kl_loss.mean()
-        return loss, states.map(torch.Tensor.detach), metrics
+        return sum(losses.values()) + kl_loss.mean(), states.map(torch.Tensor.detach), metrics
 
     # ---- acting and imagining: step by step. `discretised` is what S5Stack.discretise returned ----
 
@@ -457,7 +451,7 @@ if __name__ == "__main__":  # a demonstration: a dot runs round a ring; which wa
     size, T, first = 8, 16, torch.arange(16).eq(0).expand(16, 16)
     model = WorldModel((size,), 2, stoch=4, classes=8, hidden=64, state_size=32, s5_layers=2, memory=T,
                        units=64, mlp_layers=2, depth=0, first_stride=2, sharpness=1.0, kl_warmup=0,
-                       decoded=1.0, reward_scale=1.0, scaled=False)
+                       decoded=1.0, scaled=False)
     optimiser = torch.optim.Adam(model.parameters(), 3e-3)
     for i in range(301):
         action = torch.randint(2, (16, T))

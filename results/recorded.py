@@ -1,5 +1,5 @@
-"""A world model alone, on recorded play: for world_model_alone.py, s5_initialisation.py, decoded.py and
-reward_scale.py in results/. `python results/recorded.py` does nothing."""
+"""A world model alone, on recorded random play: for world_model_alone.py, s5_initialisation.py and decoded.py
+in results/. `python results/recorded.py` does nothing."""
 import numpy as np
 import torch
 
@@ -9,11 +9,11 @@ from replay import Replay
 from world_model import WorldModel
 
 MODEL = ("stoch", "classes", "hidden", "state_size", "s5_layers", "units", "mlp_layers", "depth",
-         "first_stride", "sharpness", "kl_warmup", "decoded", "reward_scale")
+         "first_stride", "sharpness", "kl_warmup", "decoded")
 
 
 def record(game, length, steps, seed):
-    """A full replay of so many steps of random play."""
+    """(a full replay of so many steps of random play, number of actions)."""
     env, rng = train.make_env(game), np.random.default_rng(seed)
     spec = {"observation": ((64, 64, 3), np.uint8), "action": ((), np.int64), "reward": ((), np.float32),
             "is_first": ((), np.bool_), "is_terminal": ((), np.bool_)}
@@ -26,23 +26,21 @@ def record(game, length, steps, seed):
         replay.add({"observation": step[0], "action": action, "reward": step[1], "is_first": first,
                     "is_terminal": step[2]})
         step, first = None if step[2] or step[3] else env.step(action)[:4], False
-    return replay
+    return replay, int(env.action_space.n)
 
 
 def tensors(batch, actions):
     """The arguments of WorldModel.loss."""
     batch = {name: torch.from_numpy(array) for name, array in batch.items()}
-    return (batch["observation"].movedim(-1, -3) / 255, torch.eye(actions)[batch["action"].long()],
-            batch["reward"], batch["is_first"], batch["is_terminal"])
+    return (batch["observation"].movedim(-1, -3) / 255, torch.eye(actions)[batch["action"]], batch["reward"],
+            batch["is_first"], batch["is_terminal"])
 
 
-def learner(config, game, held_out, replay=None):
-    """(WorldModel, a function that trains it once, the last `held_out` steps as the arguments of its loss).
-    replay: one that has not wrapped around; random play by default."""
-    T, actions = config.batch_length, int(train.make_env(game).action_space.n)
-    replay = replay or record(game, T, 6000 + held_out, config.seed)
-    last = slice(replay.total - held_out, replay.total)
-    rest = {name: array[last].reshape(-1, T, *array.shape[1:]) for name, array in replay.arrays.items()}
+def learner(config, game, held_out):
+    """(WorldModel, a function that trains it once, `held_out` steps as the arguments of its loss)."""
+    T = config.batch_length
+    replay, actions = record(game, T, 6000 + held_out, config.seed)
+    rest = {name: array[-held_out:].reshape(-1, T, *array.shape[1:]) for name, array in replay.arrays.items()}
     replay.total -= held_out  # from now on what is drawn to train on
     torch.manual_seed(config.seed)
     model = WorldModel((3, 64, 64), actions, memory=T, scaled=False,
