@@ -162,7 +162,8 @@ class Optimiser:
         groups = [{"params": list(parameters), "lr": lr} for parameters, lr in groups]
         self.parameters, self.clip = [p for group in groups for p in group["params"]], clip
         fused = self.parameters[0].device.type != "meta"  # one kernel for all parameters
-        self.adam = torch.optim.Adam(groups, eps=eps, fused=fused, foreach=not fused)
+        # capturable: a CUDA graph (train.Recorded) may hold the step.
+        self.adam = torch.optim.Adam(groups, eps=eps, fused=fused, foreach=not fused, capturable=fused)
 
     def step(self):
         """Apply the gradients and drop them. Returns their norm before it was clipped."""

@@ -1506,6 +1506,32 @@ def test_no_update_waits_for_the_gpu(device, precision, agent_on):
                 torch.cuda.set_sync_debug_mode("default")
 
 
+@on_devices
+@pytest.mark.parametrize("precision", ["float32", "tf32", "bf16"])
+def test_a_recorded_update_is_the_update(device, precision, agent_on):
+    """Four updates, the later ones played back from a CUDA graph, have the losses of four that are not and
+    move the weights as far: with new batches, new random numbers and what Adam knows by then."""
+    losses, moved = [], []
+    for wrap in (lambda update: update, train.Recorded):
+        agent, config = agent_on(device, precision=precision)
+        if losses:
+            agent.load_state_dict(first)
+        first = {name: value.clone() for name, value in agent.state_dict().items()}
+        updates, of_this = [wrap(level.update) for level in agent.levels], []
+        torch.manual_seed(0)
+        for shift in range(4):
+            for i, update in enumerate(updates):
+                batch = {name: value.roll(shift, 1) for name, value in
+                         batch_of(agent, i, device=device).items()}
+                with train.autocast(config):
+                    of_this.append(torch.stack([value.float() for value in update(batch).values()]).cpu())
+        losses.append(torch.cat(of_this))
+        moved.append(torch.cat([(value - first[name]).float().flatten().cpu()
+                                for name, value in agent.state_dict().items()]))
+    assert torch.allclose(*losses, rtol=1e-2, atol=1e-2)
+    assert (moved[0] - moved[1]).norm() <= 0.1 * moved[0].norm()
+
+
 @on_devices_slowly
 def test_what_a_run_costs(device, agent_on, capsys):
     """Prints memory and speed of updates and of acting at preset `paper`, and the hours of a whole run."""
@@ -1529,7 +1555,8 @@ def test_what_a_run_costs(device, agent_on, capsys):
             batch = batch_of(agent, i, c.batch_size, c.batch_length, device)
             if device == "cuda":
                 torch.cuda.reset_peak_memory_stats()
-            update = seconds(lambda: level.update(batch))
+            learn = train.Recorded(level.update)
+            update = seconds(lambda: learn(batch))
             peak = torch.cuda.max_memory_allocated() / 2 ** 30 if device == "cuda" else float("nan")
             hours += (c.steps - c.warmup) / (c.train_every * c.k ** i) * update / 3600
             lines.append(f"level {i}: {1 / update:.1f} updates a second, {peak:.2f} GiB")

@@ -533,6 +533,31 @@ def env_step(observation, reward=0.0, terminated=False, truncated=False, *_, is_
             "is_terminal": np.array([terminated])}
 
 
+class Recorded:
+    """The update of a level, on a GPU as one CUDA graph: the second call records it, later ones play it back.
+
+    An update is thousands of kernels so small that a GPU has done each before the CPU has asked for the next;
+    of a graph all are asked for at once. It holds addresses, not values: the batch is copied to where the
+    recorded one lies, metrics come out where they came out then, and the weights stay in their places.
+    """
+
+    def __init__(self, update):
+        self.update, self.batch, self.graph = update, None, None
+
+    def __call__(self, batch):
+        if self.batch is None or not batch["reward"].is_cuda:
+            self.batch = batch  # the first call, in which Adam makes its moments, is not for recording
+            return self.update(batch)
+        if self.graph is None:
+            self.graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(self.graph):  # in which nothing is computed yet
+                self.metrics = self.update(self.batch)
+        for name, tensor in batch.items():
+            self.batch[name].copy_(tensor)
+        self.graph.replay()
+        return self.metrics
+
+
 class Run:
     """Agent, environment, replays and counters of one run, what it does in a step, how it is saved.
 
@@ -547,6 +572,7 @@ class Run:
         with blaming("the networks cannot be made"):
             self.agent = make_agent(config, env)
         self.discretised = self.agent.discretise()  # of the S5 layers: once an update, not once a step
+        self.update = [Recorded(level.update) for level in self.agent.levels]
         # Level i stores k^i times more rarely: with k^i times less room its replay reaches back equally far.
         with blaming(f"--replay_size {config.replay_size}"):  # too little for a sequence, too much for memory
             self.replays = [Replay(spec, -(-config.replay_size // config.k ** i), config.batch_length,
@@ -600,7 +626,7 @@ class Run:
         for i, (level, replay) in enumerate(zip(self.agent.levels, self.replays)):
             if self.step >= c.warmup and self.step % (c.train_every * c.k ** i) == 0 and replay.starts:
                 with autocast(c):
-                    metrics = level.update(self.batch(i))
+                    metrics = self.update[i](self.batch(i))
                 # Summed on the device and fetched only for a line of the log: to fetch a number from a GPU is
                 # to wait until it has done all that it was told to do before.
                 values = torch.stack([value.float() for value in metrics.values()])
@@ -673,7 +699,9 @@ class Run:
         self.discretised = self.agent.discretise()
         for level, states in zip(self.agent.levels, checkpoint["optimisers"]):
             for name, state in states.items():
-                level.optimisers[name].adam.load_state_dict(state)
+                adam = level.optimisers[name].adam
+                # Its state alone: options, such as its learning rate, are of the settings and of the device.
+                adam.load_state_dict(adam.state_dict() | {"state": state["state"]})
         past = history(checkpoint)
         vars(self).update(past, commits=list(dict.fromkeys(past["commits"] + self.commits)))
         self.logged, self.score = self.step, float(checkpoint["score"])

@@ -53,7 +53,7 @@ def measure(run, updates=5):
             drawing, batch = timed(lambda: run.batch(i), device)
             product = np.median([timed(lambda: a @ b, device)[0] for _ in range(5)])
             with train.autocast(config):
-                samples.append([drawing, timed(lambda: level.update(batch), device)[0], product])
+                samples.append([drawing, timed(lambda: run.update[i](batch), device)[0], product])
         with train.autocast(config), FlopCounterMode(display=False) as flops, Operations() as counted:
             level.update(batch)
         drawing, cost, product = np.median(samples[2:], 0).tolist()
