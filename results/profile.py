@@ -60,6 +60,10 @@ def measure(run, updates=5):
         gflop, peak = flops.get_total_flops() / 1e9, 2 * 1024 ** 3 / product / 1e9
         levels.append({"seconds": cost, "gflop": gflop, "matmul_gflops": peak, "cost": cost * peak,
                        "dispatched_ops": counted.count, "sample_seconds": drawing})
+        if device.startswith("cuda"):  # what it would be without train.Recorded
+            with train.autocast(config):
+                eager = np.median([timed(lambda: level.update(batch), device)[0] for _ in range(updates)])
+            levels[i]["eager_seconds"] = float(eager)
         print(f"level {i}: {cost:.3f} s an update, {gflop:.1f} GFLOP ({gflop / cost / peak:.0%} of peak),"
               f" {cost * peak:.0f} peak-GFLOP, {counted.count} operations, drawing {1e3 * drawing:.1f} ms")
         seconds += (config.steps - config.warmup) / (config.train_every * config.k ** i) * (cost + drawing)
