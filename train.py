@@ -550,7 +550,8 @@ class Recorded:
             return self.update(batch)
         if self.graph is None:
             self.graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(self.graph):  # in which nothing is computed yet
+            # In it nothing is computed yet. It records what its own GPU is asked to do: --device cuda:1, too.
+            with torch.cuda.device(batch["reward"].device), torch.cuda.graph(self.graph):
                 self.metrics = self.update(self.batch)
         for name, tensor in batch.items():
             self.batch[name].copy_(tensor)
