@@ -216,9 +216,10 @@ class Level(nn.Module):
     an agent that had found a reward went back to following goals for their own sake, and lost it for good.
     """
 
-    # Returns that differ by less than this are taken for noise. DreamerV3 has 1 for the game's. But where points
-    # are rare a beginner's differ by 0.02, and the entropy, weighed against them, forbids to prefer an action:
-    # in Freeway a policy stayed uniform for 57,000 steps, and with 0.1 instead got across within 7,000 more.
+    # Returns that differ by less than this are taken for noise. DreamerV3 has 1 for the game's. But where
+    # points are rare, a beginner's differ by 0.02, and the entropy, weighed against them, forbids to prefer
+    # an action: in Freeway a policy stayed uniform for 57,000 steps, and with 0.1 instead got across within
+    # 7,000 more.
     FLOORS = {"extrinsic": 0.1, "subgoal": 0.1, "novelty": 0.01, "reached": 0.1}
 
     def __init__(self, observation_shape, action_shape, subgoal_shape, code_shape, rewards, model, *, horizon,
