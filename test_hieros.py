@@ -1236,7 +1236,7 @@ def test_behaviour_by_hand(monkeypatch):
             after = 0.2 * value[t + 1, n, r] + 0.8 * R
             R = returns[t, n, r] = reward[t, n, r] + discount[t, n] * stays[t, r] * after
     low, high = np.percentile(returns.flatten(0, 1), [5, 95], axis=0)
-    scale = torch.tensor(np.maximum(high - low, [1.0, 0.1, 0.01])).float()
+    scale = torch.tensor(np.maximum(high - low, [0.1, 0.1, 0.01])).float()
     actor_loss, critic_loss = torch.zeros(()), torch.zeros(3)
     for t, n in itertools.product(range(H), range(N)):
         weight = alive[n] * discount[:t, n].prod() / (H * N)
@@ -1275,6 +1275,16 @@ def test_the_better_action_becomes_likelier_and_entropy_holds_it_back():
         found.append(level.actor(start)[0, 0, 0].item())
         assert abs(level.critics.twohot.mean(level.critics(start))[0, 0] - 1.5) < 0.05
     assert found[0] > 0.95 and found[0] > found[1] > found[2] > 0.5, found
+
+
+def test_a_small_return_outweighs_the_entropy():
+    """Where only a thousandth of a point can be won, the action that wins it becomes likely nevertheless."""
+    level, features = tabular((1, 2), entropy_scale=train.PRESETS["cpu"]["entropy_scale"], actor_lr=0.1)
+    start, action = features(torch.zeros(8, dtype=torch.long)), torch.arange(8) % 2
+    for _ in range(60):
+        level.update_behaviour(torch.stack([start, start]), F.one_hot(action, 2).float()[None],
+                               1e-3 * (action[None, :, None] == 0), torch.zeros(1, 8), torch.ones(8))
+    assert level.actor(start)[0, 0, 0] > 0.9  # with a floor of 1: 0.73
 
 
 def test_slow_critics_follow_by_slow():
