@@ -3325,6 +3325,30 @@ def test_dream_film_runs_without_the_game():
         assert len(dream(agent, train.Atari("pong"), context=8, steps=12)) == 8 + 1
 
 
+@pytest.mark.filterwarnings("ignore:invalid value")  # what is constant has no correlation
+def test_promises_are_compared_with_what_came(tmp_path, monkeypatch):
+    """results/promises.py: what came after a step is discounted, up to the episode's end and not beyond it;
+    an agent that promises one point a step in a game that gives one is right in both numbers."""
+    promises = script("promises")
+    reward, last = [9.0, 1.0, 2.0, 4.0, 8.0], [False, False, True, False, False]
+    assert promises.to_come(reward, last, 0.5).tolist() == [2.0, 2.0, 0.0, 8.0, 0.0]
+
+    class Generous(train.Atari):
+        def step(self, action):
+            seen, _, *rest = super().step(action)
+            return seen, 1.0, *rest
+
+    run = untrained_run(tmp_path, "boxing", levels=1, gamma=0.9)
+    level, values = run.agent.levels[0], run.agent.levels[0].critics.twohot.values
+    ten, one = ((values - number).abs().argmin() for number in (10, 1))  # 1 / (1 - gamma) is 10
+    level.critics.nets[0][-1].bias.data[ten] = level.world_model.outcome_head[-1].bias.data[one] = 50.0
+    run.save()
+    monkeypatch.setattr(train, "make_env", Generous)
+    found = promises.measure(tmp_path, 200)
+    assert found["value"] == pytest.approx(values[ten]) and abs(found["return"] - 10) < 0.6, found
+    assert found["dreamt"] == pytest.approx(5 * values[one]) and found["real"] == 5, found  # the horizon is 5
+
+
 @slow
 def test_novelty_is_measured_on_states_of_each_level(tmp_path):
     """results/novelty.py: the loss of each level's autoencoder over its own ticks, of the own game, of others
