@@ -3445,10 +3445,12 @@ def test_curves_show_mean_and_range(tmp_path):
     files = [write_result(tmp_path / f"{seed}.json", {"seed": seed}, curve=curve)
              for seed, curve in enumerate(curves)]
     ramp = write_result(tmp_path / "3.json", {"levels": 1}, curve=[[i, float(i)] for i in range(1, 30)])
-    axis, = script("curves").main(tmp_path / "curves.png", *files, ramp).axes
+    figure = script("curves").main(tmp_path / "curves.png", *files, ramp)
+    axis, = figure.axes
     lines = {line.get_label(): line.get_ydata() for line in axis.get_lines()}
-    assert np.allclose(lines["preset paper, levels 3, 100,000 agent steps, runs: 2"], -15)
-    assert np.isclose(lines["preset paper, levels 1, 100,000 agent steps, runs: 1"][-1], 24.5)  # of 20 ... 29
+    assert np.allclose(lines["runs: 2"], -15) and np.isclose(lines["runs: 1"][-1], 24.5)  # of 20 ... 29
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == [
+        f"preset paper, levels {levels}, 100,000 agent steps" for levels in (1, 3)]
     band = axis.collections[1].get_paths()[0].vertices[:, 1]
     assert (band.min(), band.max()) == (-20, -10)
 

@@ -20,7 +20,7 @@ def main(path, *files):
     groups = load_results(files)
     names = sorted({game for games in groups.values() for game in games})
     rows, columns = -(-len(names) // 5), min(5, len(names))
-    figure = Figure((4 * columns, 3 * rows + 0.6), layout="constrained")
+    figure, lines = Figure((4 * columns, 3 * rows + 0.6), layout="constrained"), {}
     for n, game in enumerate(names):
         axis = figure.add_subplot(rows, columns, n + 1)
         for colour, (group, games) in enumerate(groups.items()):
@@ -32,11 +32,12 @@ def main(path, *files):
             steps = np.linspace(begin, end, 100)
             smooth = [np.interp(steps, curve[:, 0], [curve[max(0, m - 9):m + 1, 1].mean()
                                                      for m in range(len(curve))]) for curve in curves]
-            axis.plot(steps, np.mean(smooth, 0), f".-C{colour}", markersize=2,
-                      label=f"{group}, runs: {len(curves)}")
+            lines[group], = axis.plot(steps, np.mean(smooth, 0), f".-C{colour}", markersize=2,
+                                      label=f"runs: {len(curves)}")
             axis.fill_between(steps, np.min(smooth, 0), np.max(smooth, 0), color=f"C{colour}", alpha=0.25)
         axis.set(title=game, xlabel="agent steps", ylabel="return, mean of 10 episodes")
-        axis.legend(fontsize=6)
+        axis.legend(fontsize=7)
+    figure.legend(lines.values(), lines.keys(), loc="outside lower center")
     figure.savefig(path, dpi=120)
     return figure
 
