@@ -217,9 +217,9 @@ class Level(nn.Module):
     """
 
     # Returns that differ by less than this are taken for noise. DreamerV3 has 1 for the game's. But where
-    # points are rare, a beginner's differ by 0.02, and the entropy, weighed against them, forbids to prefer
-    # an action: in Freeway a policy was still nearly uniform after 58,000 steps, and with 0.1 instead crosses
-    # 20 times by then.
+    # points are rare, a beginner's differ by 0.02, and the entropy, which is weighed against them, keeps the
+    # policy uniform: in Freeway for 58,000 steps; with 0.1 it crosses by then 22 times an episode. Novelty,
+    # an error of h, is smaller still.
     FLOORS = {"extrinsic": 0.1, "subgoal": 0.1, "novelty": 0.01, "reached": 0.1}
 
     def __init__(self, observation_shape, action_shape, subgoal_shape, code_shape, rewards, model, *, horizon,

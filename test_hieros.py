@@ -1285,7 +1285,7 @@ def test_a_small_return_outweighs_the_entropy():
     for _ in range(60):
         level.update_behaviour(torch.stack([start, start]), F.one_hot(action, 2).float()[None],
                                1e-3 * (action[None, :, None] == 0), torch.zeros(1, 8), torch.ones(8))
-    assert level.actor(start)[0, 0, 0] > 0.9  # with a floor of 1: 0.73
+    assert level.actor(start)[0, 0, 0] > 0.9  # with a floor of 1: 0.68
 
 
 def test_slow_critics_follow_by_slow():
