@@ -1,80 +1,90 @@
-"""Does the world model of the preset `paper` learn? It alone, at full size, on 6,000 steps of random play.
+"""What does a world model alone learn, without an agent? The table by which candidates are compared.
 
-    python results/world_model_alone.py pong results/paper/pong-old.json --sharpness 1 --kl_warmup 0
-    python results/world_model_alone.py results/paper/world_model.png results/paper/*-*.json
+    python results/world_model_alone.py pong 1500 --preset cpu     on random play of a game
+    python results/world_model_alone.py runs/pong-0 1500           on what a run has played
 
-The first command trains, the second draws what was measured. Every 50 updates, on 512 frames that are not
-trained on: squared error summed over a frame's pixels, of the reconstruction and of one whose z is that of
-another frame; and the information in nats that z has of the frame: entropy of the mean distribution less mean
-entropy, summed over the categoricals. As long as the error is no smaller than that of the mean frame, z says
-nothing.
+It updates the WorldModel of level 0 so many times. At each tenth it prints a line of JSON, of held-out play
+(the last quarter, 4,096 steps at most): squared error of the reconstruction, loss of the reward, KL, and the
+correlation of the expected reward with the real one: in the frame that it comes with (`seen`), and 1 to 6
+steps ahead, in dreams that are told the real actions. `seconds` are the processor's, for that tenth.
+Flags are those of train.py; a run has its own settings. Of random play --warmup says how many steps (10,000)
+and --warmup_hold how long an action is held (16). A candidate is a subclass: main(sys.argv[1:], Candidate).
 """
 import json
 import sys
 import time
 from pathlib import Path
 
-folder = sys.path[0]
 sys.path[0] = str(Path(__file__).parents[1])  # the project's root in place of results/
-sys.path.append(folder)  # last: results/profile.py hides Python's own
 
+import numpy as np
 import torch
-from recorded import MODEL, learner
 
+import hierarchy
 import train
-from world_model import entropy
+from world_model import WorldModel
+
+
+def random_play(config, env, rng):
+    """config.warmup steps [{name: array (1,...)}], as the replay of level 0 holds them."""
+    steps, now = [], train.env_step(env.reset(seed=config.seed)[0], is_first=True)
+    for t in range(config.warmup):
+        action = int(rng.integers(env.action_space.n)) if t % config.warmup_hold == 0 else action
+        steps.append(now | {"action": np.uint8([[action]])})
+        now = (train.env_step(env.reset()[0], is_first=True) if now["is_last"][0] else
+               train.env_step(*env.step(action)))
+    return steps
 
 
 @torch.no_grad()
-def measure(model, observation, action, is_first):
-    z, h, _, q, _ = model.observe(observation, action, is_first)
-    other = z.flatten(0, 1).roll(len(z) // 2 * z.shape[1] + 1, 0).view_as(z)
-    error, shuffled = ((model.decode(code, h) - observation).square().sum((-3, -2, -1)).mean().item()
-                       for code in (z, other))
-    return {"error": error, "error_shuffled_z": shuffled,
-            "nats": float(entropy(q.flatten(0, 1).mean(0)) - entropy(q).mean())}
+def measure(model, observation, action, reward, is_first, is_terminal, ahead=6):
+    """What the table says, of sequences (B,T,...): {name: number, or None where nothing was rewarded}."""
+    _, states, metrics = model.loss(observation, action, reward, is_first, is_terminal)
+    T, episode = reward.shape[1] - ahead, is_first.cumsum(1)
+    told = iter([action[:, n:n + T].flatten(0, 1) for n in range(ahead)])
+    dreams, _ = model.imagine(states.map(lambda each: each[:, :T].flatten(0, 1)), lambda _: next(told), ahead)
+    row = [metrics.get("loss/image", metrics.get("loss/vector")), metrics["loss/rew"], metrics["kl"]]
+    for n, expected in enumerate(dreams.reward.unflatten(1, (-1, T))):  # (B,T): of the reward n steps later
+        same = episode[:, n:n + T] == episode[:, :T]
+        row.append(torch.corrcoef(torch.stack([expected[same], reward[:, n:n + T][same]]))[0, 1])
+    names = "reconstruction", "reward", "KL", "seen", *(f"{n} ahead" for n in range(1, ahead + 1))
+    return {name: round(x.item(), 3) if x.isfinite() else None for name, x in zip(names, row)}
 
 
-def main(game, path, *flags):
-    config = train.make_config(train.parse_config(["--game", game, "--preset", "paper", *flags])[0])
-    model, update, held_out = learner(config, config.game, 512)
-    observation, action, _, is_first, _ = held_out
-    settings = {name: getattr(config, name) for name in (*MODEL, "encoder_lr", "model_lr", "batch_size")}
-    result, start = {"game": config.game, "settings": settings, "mean_frame": float(
-        (observation - observation.mean((0, 1))).square().sum((-3, -2, -1)).mean())}, time.process_time()
-    for i in range(301):
-        if i % 50 == 0:
-            for name, value in (measure(model, observation, action, is_first) | {
-                    "updates": i, "cpu_seconds": round(time.process_time() - start)}).items():
-                result.setdefault(name, []).append(value)
-            train.write_json(result | train.origin(), path)
-            print(config.game, {name: values[-1] for name, values in result.items() if type(values) is list})
-        update()
+def main(argv, Model=WorldModel):
+    """Train a Model and print what was measured."""
+    source, updates, *flags = argv
+    usual = (train.load_checkpoint(Path(source) / "checkpoint.pt", "cpu")["config"] if Path(source).is_dir()
+             else {"game": source, "warmup": 10_000, "warmup_hold": 16})
+    settings = usual | train.parse_config(flags)[0] | {"levels": 1}
+    config = train.make_config({name: settings[name] for name in settings if hasattr(train.Config, name)})
+    torch.manual_seed(config.seed)
+    env, rng, T = train.make_env(config.game), np.random.default_rng(config.seed), config.batch_length
+    hierarchy.WorldModel = Model  # of which a Level is made
+    level = train.make_agent(config, env).levels[0]
+    pieces = [*map(np.load, sorted(Path(source).glob("replay-0/*.npz")))] or random_play(config, env, rng)
+    play = {name: np.concatenate([piece[name] for piece in pieces]) for name in pieces[0]}
+    n = len(play["reward"])
+    end = n - min(4096, n // 4)  # from here on it is held out
 
+    def sequences(start):  # the arguments of WorldModel.loss, of the sequences that begin there
+        batch = {name: torch.from_numpy(array[start[:, None] + np.arange(T)]).to(config.device)
+                 for name, array in play.items()}
+        action = hierarchy.onehot(batch["action"], level.action_shape[1]).flatten(-2)
+        return level.observation(batch), action, batch["reward"], batch["is_first"], batch["is_terminal"]
 
-def draw(path, *files):
-    """A panel a game: error as a share of the mean frame's, with its own z and, dotted, with another's."""
-    from matplotlib.figure import Figure
-    results = [json.loads(Path(file).read_text()) for file in files]
-    games = sorted({result["game"] for result in results})
-    figure = Figure((4 * len(games), 3.2), layout="constrained")
-    axes = dict(zip(games, figure.subplots(1, len(games), squeeze=False)[0]))
-    for result in results:
-        sharpness, warmup = result["settings"]["sharpness"], result["settings"]["kl_warmup"]
-        for name, line in ("error", ".-"), ("error_shuffled_z", ".:"):
-            share = [error / result["mean_frame"] for error in result[name]]
-            axes[result["game"]].plot(result["updates"], share, line, color=f"C{int(sharpness > 1)}",
-                                      label=f"sharpness {sharpness:g}, kl_warmup {warmup}" * (line == ".-"))
-    for game, axis in axes.items():
-        axis.legend(fontsize=7)
-        axis.axhline(0.8, color="grey", linewidth=0.5)
-        axis.set(title=game, xlabel="updates", ylim=(0, 1.6))
-    axes[games[0]].set_ylabel("error of a frame / of the mean frame")
-    figure.savefig(path, dpi=120)
+    model, held_out, began = level.world_model, sequences(np.arange(end, n - T + 1, T)), time.process_time()
+    for i in range(1, int(updates) + 1):
+        batch = sequences(rng.integers(0, end - T + 1, config.batch_size))
+        model.update_statistics(batch[0])
+        model.loss(*batch)[0].backward()
+        level.optimisers["model"].step()
+        if i % max(1, int(updates) // 10) == 0:
+            row = {"source": source, "model": Model.__name__, "commit": train.origin()["commit"],
+                   "updates": i, "seconds": round(time.process_time() - began)}
+            print(json.dumps(row | measure(model, *held_out)), flush=True)
+            began = time.process_time()
 
 
 if __name__ == "__main__":
-    if len(sys.argv) < 3:
-        sys.exit(__doc__)
-    train.keep_freed_memory()
-    (draw if sys.argv[1].endswith(".png") else main)(*sys.argv[1:])
+    train.program(lambda argv: main(argv) if len(argv) > 1 else __doc__)
