@@ -34,7 +34,7 @@ def to_come(reward, last, gamma):
 
 def correlation(a, b):
     """Of two arrays (n,); None where one of them is constant."""
-    return float(np.corrcoef(a, b)[0, 1]) if np.ptp(a) and np.ptp(b) else None
+    return float(np.corrcoef(a, b)[0, 1]) if len(a) and np.ptp(a) and np.ptp(b) else None
 
 
 @torch.inference_mode()
