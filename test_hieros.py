@@ -3540,6 +3540,8 @@ def test_one_part_of_hindsight_is_left_out(part, monkeypatch):
 
 
 def test_every_script_of_results_says_how_it_is_run():
-    """Its docstring has its command."""
+    """Its docstring has its command, and it is short."""
     for path in (HERE / "results").glob("*.py"):
-        assert f"python results/{path.name}" in path.read_text().split('"""')[1], path.name
+        text = path.read_text()
+        assert f"python results/{path.name}" in text.split('"""')[1], path.name
+        assert text.count("\n") <= 90, path.name
