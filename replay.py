@@ -1,18 +1,18 @@
-"""Experience replay with efficient time-balanced sampling (ETBS): a ring that draws old and new more evenly.
+"""Experience replay with efficient time-balanced sampling (ETBS): old and new steps are drawn more evenly.
 
-The problem. One step is added and one sequence is drawn, uniformly, at each step. Entry i of n was there to
-be drawn at steps i ... n, so by now it has been drawn 1/i + ... + 1/n ~ ln(n/i) times: the first experiences,
-made by an agent that could do nothing, are used again and again, and the newest hardly at all.
+The problem. One step is added and one sequence is drawn, uniformly, at each step. Entry i of n can be drawn
+at steps i ... n, so by now it has been drawn 1/i + ... + 1/n ~ ln(n/i) times. The first experiences, made by
+an agent that could do nothing, are used again and again, and the newest hardly at all.
 
-The remedy (Hieros). The expected counts have, over x in (0, n], the density ln(n/x)/n and the
-cumulative distribution F(u) = u (1 - ln u) with u = x/n. Pushing a uniform number through F moves it towards
-the new end by about as much as uniform sampling favours the old one. In closed form, O(1) a draw, with a
-temperature tau that leads from uniform (0) to all of that (1):
+The remedy (Hieros, Section 3.3, arXiv 2310.05167). As a density over u = i/n the expected counts are -ln u,
+with the cumulative distribution F(u) = u (1 - ln u). For a uniform u, F(u) lies nearer to the new end. To
+draw there removes about half of the imbalance: the oldest tenth of all steps gets 1.8 times its fair share
+instead of 3.3, the newest 0.31 instead of 0.05. A temperature tau leads from uniform draws (0) to these (1):
 
     u ~ U(0,1)        position = tau u (1 - ln u) + (1 - tau) u        index = floor(position n)
 
-Here n is the number of start positions held *now*, and index 0 is the oldest of them. (The published code
-divides by the capacity instead of the fill, so it draws almost uniformly; by default its ETBS is off.)
+n is the number of start positions held *now*, and index 0 is the oldest of them. A draw costs O(1). (The
+published code divides by the capacity instead, so it draws almost uniformly; by default its ETBS is off.)
 
 Symbols: T steps in a sequence, B sequences in a batch. Read hierarchy.py before, train.py after.
 """
@@ -32,7 +32,7 @@ def etbs_cdf(u):
 
 @contextlib.contextmanager
 def replacing(path):
-    """A file to write that takes the name `path` only once it is whole and on the disk, whatever happens."""
+    """A file to write that takes the name `path` only once it is complete and on the disk."""
     temporary = path.with_name(path.name + ".tmp")  # its own: a run may be scored while it trains
     with open(temporary, "wb") as file:
         yield file
@@ -44,23 +44,23 @@ def replacing(path):
 class Replay:
     """A ring of `capacity` steps from which sequences of `length` consecutive steps are drawn.
 
-    spec: {name: (shape, dtype)} of one step. Every name is one preallocated array, so memory is constant from
-    the first step to the last and no Python object is made a step. With a capacity of 8, after 11 steps:
+    spec: {name: (shape, dtype)} of one step. Every name is one preallocated array, so the memory is constant
+    from the first step to the last. With a capacity of 8, after 11 steps:
 
         slot   0   1   2 | 3   4   5   6   7
         step   8   9  10 | 3   4   5   6   7        |  the write head: step 11 will take the place of step 3
 
     Sequences of length 3 start at steps 3 ... 8, so there are 6 `starts`. They may run over the end of an
-    episode, the reset in the scan handles that, and from slot 7 to slot 0; but never over the write head,
+    episode, for which the scan has its reset, and from slot 7 to slot 0. They never run over the write head,
     where the newest step meets the oldest.
     """
 
-    PIECE = 4096  # steps in a file, at most: neither saving nor loading copies more of the ring at once
+    PIECE = 4096  # most steps in a file: saving and loading copy no more of the ring at once
 
     def __init__(self, spec, capacity, length, tau, rng):
         if capacity < length:
             raise ValueError(f"a replay of {capacity} steps cannot hold one sequence of {length}")
-        # np.full touches every page, np.zeros would not: too little memory shows now, and not after hours.
+        # np.full writes every page of memory, np.zeros does not: too little of it shows now, not after hours.
         self.arrays = {name: np.full((capacity, *shape), 0, dtype) for name, (shape, dtype) in spec.items()}
         self.capacity, self.length, self.tau, self.rng = capacity, length, tau, rng
         self.total = 0  # steps ever added; the next one goes to total % capacity
@@ -75,14 +75,14 @@ class Replay:
         return max(0, len(self) - self.length + 1)
 
     def add(self, step):
-        """Add one step {name: array}, overwriting the oldest when the ring is full."""
+        """Add one step {name: array}, in place of the oldest when the ring is full."""
         for name, array in self.arrays.items():
             array[self.total % self.capacity] = step[name]
         self.total += 1
 
     def draw(self, batch_size):
-        """`batch_size` start positions by age, 0 the oldest of `starts`: the law above."""
-        u = self.rng.random(batch_size)
+        """`batch_size` start positions by age, 0 the oldest of `starts`: the formula above."""
+        u = self.rng.random(batch_size)  # (B,)
         position = self.tau * etbs_cdf(u) + (1 - self.tau) * u
         return np.minimum((position * self.starts).astype(np.int64), self.starts - 1)
 
@@ -94,8 +94,8 @@ class Replay:
         slot = (first[:, None] + np.arange(self.length)) % self.capacity  # (B,T)
         return {name: array.take(slot, 0) for name, array in self.arrays.items()}
 
-    # A checkpoint must not rewrite a gigabyte that has not changed: each `save` writes only the steps since
-    # the last, in further files, and `load` puts the files back into the ring one by one.
+    # A checkpoint must not rewrite a gigabyte that has not changed. Each `save` writes only the steps since
+    # the last, in further files; `load` puts the files back into the ring one by one.
 
     def save(self, folder):
         """Write the steps since the last `save` to folder/FROM-TO.npz."""
@@ -108,7 +108,7 @@ class Replay:
         self.saved = self.total
 
     def prune(self, folder):
-        """Delete files whose steps have left the ring, and unfinished ones, once a new checkpoint is safe."""
+        """Once a new checkpoint is safe, delete files whose steps have left the ring, and unfinished ones."""
         for path in folder.glob("*.tmp"):
             path.unlink()
         for path, _, stop in self._files(folder):
@@ -116,27 +116,24 @@ class Replay:
                 path.unlink()
 
     def load(self, folder, total):
-        """Fill the ring with the steps up to number `total`, as they were when `save` was called then.
+        """Fill the ring with the steps up to number `total`, at which `save` was called.
 
-        Files written after that moment belong to a checkpoint that was never completed; they are deleted.
-        Raises ValueError if a step is missing or a file damaged.
+        Files of later steps belong to a checkpoint that was never completed; they are deleted. Raises
+        ValueError if a step is missing or a file damaged.
         """
         self.total = self.saved = max(0, total - self.capacity)
         for path, start, stop in self._files(folder):
             if start >= total:
                 path.unlink()
-                continue
-            if start > self.total or stop > total:  # a gap, or a file that reaches beyond the checkpoint
-                break
-            if stop <= self.total:  # all of it has left the ring
-                continue
-            try:
-                with np.load(path) as file:  # allow_pickle is off: nothing in it can be executed
-                    for name, array in self.arrays.items():
-                        array[np.arange(self.total, stop) % self.capacity] = file[name][self.total - start:]
-            except (zipfile.BadZipFile, LookupError, ValueError, EOFError, OSError) as error:
-                raise ValueError(f"{path} is damaged: {error}") from error
-            self.total = self.saved = stop
+            elif start <= self.total < stop <= total:  # else its steps have left the ring, or one is missing
+                slot = np.arange(self.total, stop) % self.capacity
+                try:
+                    with np.load(path) as file:  # allow_pickle is off: nothing in it can be executed
+                        for name, array in self.arrays.items():
+                            array[slot] = file[name][self.total - start:]
+                except (zipfile.BadZipFile, LookupError, ValueError, EOFError, OSError) as error:
+                    raise ValueError(f"{path} is damaged: {error}") from error
+                self.total = self.saved = stop
         if self.total != total:
             raise ValueError(f"{folder} holds the replay up to step {self.total},"
                              f" the checkpoint needs {total}")
