@@ -30,7 +30,7 @@ import torch
 
 from hierarchy import onehot
 from train import (PRESETS, REFERENCE, RESUMABLE, Config, Parser, UsageError, autocast, blaming, env_step,
-                   evaluation, history, keep_freed_memory, load_checkpoint, make_agent, make_config, make_env,
+                   evaluation, keep_freed_memory, load_checkpoint, make_agent, make_config, make_env,
                    program, report, statistics, write_json)
 from world_model import symexp
 
@@ -40,7 +40,7 @@ from world_model import symexp
 # ------------------------------------------------------------------------------------------------------------
 
 def load_run(directory, device):
-    """(config, agent, train.history) of a run directory.
+    """(config, agent, checkpoint) of a run directory.
 
     The checkpoint may come from a stranger: it cannot execute anything (train.load_checkpoint), and its
     settings pass the same checks as those of the command line. Raises UsageError if it does not fit.
@@ -51,7 +51,7 @@ def load_run(directory, device):
         config = make_config(checkpoint["config"] | {"device": device, "logdir": str(directory)})
         agent = make_agent(config, make_env(config.game))
         agent.load_state_dict(checkpoint["weights"])
-        return config, agent, history(checkpoint)
+        return config, agent, checkpoint
 
 
 def rollout(agent, env, steps, seed):

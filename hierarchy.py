@@ -224,7 +224,7 @@ class Level(nn.Module):
 
     def __init__(self, observation_shape, action_shape, subgoal_shape, code_shape, rewards, model, *, horizon,
                  starts, gamma, lam, entropy_scale, slow, model_lr, encoder_lr, actor_lr, critic_lr,
-                 autoencoder_lr, k, hindsight, below):
+                 autoencoder_lr, k, hindsight=0.0, below):
         super().__init__()
         self.action_shape, self.subgoal_shape, self.rewards = action_shape, subgoal_shape, rewards
         self.horizon, self.starts, self.gamma, self.lam = horizon, starts, gamma, lam
@@ -440,7 +440,7 @@ class Hieros(nn.Module):
             # Who is given goals is paid for following them; who sets them, for where it has seldom been: to
             # explore is the upper levels' work, on their longer time scales (Hieros).
             names = ["extrinsic"] + ["subgoal"] * (i < levels - 1) + ["novelty"] * (i > 0)
-            names += ["reached"] * (i > 0 and behaviour["hindsight"] > 0)
+            names += ["reached"] * (i > 0 and behaviour.get("hindsight", 0.0) > 0)
             rewards = {name: weights["subgoal" if name == "reached" else name] for name in names}
             level = Level(shape, (1, actions) if i == 0 else code_shape,
                           code_shape if i < levels - 1 else (0, code_shape[1]), code_shape,
