@@ -121,6 +121,7 @@ def save_film(path, frames):
     palette = Image.fromarray(some).quantize(128, Image.Quantize.MAXCOVERAGE)  # keeps rare colours: a ball's
     first, *others = [frame.quantize(palette=palette, dither=Image.Dither.NONE) for frame in frames]
     first.save(path, save_all=True, append_images=others, duration=70, loop=0)
+    print(f"{path}: {len(frames)} steps, {Path(path).stat().st_size / 1e6:.1f} MB", file=sys.stderr)
 
 
 def film_env(game):
@@ -141,7 +142,7 @@ def film(agent, env, game, seed, path, steps=200, restart=45):
     The dream is told the actions and sees nothing. Every `restart` steps it starts again from the true state.
     A subgoal of level i is a place g_h in h-space. It is drawn from (z, g_h) with the z of the moment when it
     was set, and the picture stands until level i + 1 chooses again. Where observations are numbers, only the
-    environment's own frames can be shown. 200 steps of Atari are one to two megabytes.
+    environment's own frames can be shown. 200 steps of Atari with three levels are about a megabyte.
     """
     world, frames, goals, score = agent.levels[0].world_model, [], {}, 0.0
     discretised = world.sequence.discretise()
@@ -178,8 +179,8 @@ def film(agent, env, game, seed, path, steps=200, restart=45):
 
 # The conventions of rliable, Agarwal et al. 2021, arXiv 2108.13264.
 AGGREGATES = ("mean", "median", "IQM")
-# Methods that learn from about as few replayed steps as the preset `cpu`. They stand in the table of games;
-# all of results/published.csv stands in the table of aggregates.
+# Methods that replay about as few steps as the preset `cpu`: those in the table of games. The table of
+# aggregates has all of results/published.csv.
 PEERS = ("SimPLe", "DER", "CURL", "DrQ(eps)", "SPR")
 
 
@@ -281,9 +282,8 @@ def print_rows(*rows):
 
 
 def print_group(group, games):
-    """Markdown of one group: a row a game, with the score of each seed, then the aggregates. A score's
-    standard error is of that run's episodes alone. The aggregates' intervals are of seeds, by which trainings
-    differ."""
+    """Markdown of one group: a row a game with the score of each seed, then the aggregates. A score's error
+    is of its episodes alone. The intervals of the aggregates are of seeds, by which trainings differ."""
     published = read_published()
     peers = {name: published[name] for name in PEERS if name in published}
     seeds = sorted({run["seed"] for runs in games.values() for run in runs})
@@ -312,9 +312,9 @@ def print_group(group, games):
         if not np.isnan(ends).any():
             rows.insert(1, ["95% interval", *(f"{low:.3f} to {high:.3f}" for low, high in ends.T)])
         single = sum(len(runs) == 1 for runs in ours.values())
-        print(f"Human-normalised scores over {len(ours)} of the {len(REFERENCE)} games. Games with one run, whose"
-              f" luck no interval shows: {single}.\nOf published methods only means are known: their IQM is of"
-              " games, not of runs.\n")
+        print(f"Human-normalised scores over {len(ours)} of the {len(REFERENCE)} games. Games with one run,"
+              f" whose luck no interval shows: {single}.\nOf published methods only means are known: their"
+              " IQM is of games, not of runs.\n")
         print_rows(["", *AGGREGATES], *rows)
 
 

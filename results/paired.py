@@ -33,12 +33,13 @@ def compare(first, second):
     if len(names) != 1 or not pairs:
         return []
     games = sorted({game for game, _, _ in pairs})
-    ahead = np.array([np.mean([a["mean"] - b["mean"] for own, a, b in pairs if own == game]) for game in games])
+    ahead = np.array([np.mean([a["mean"] - b["mean"] for own, a, b in pairs if own == game])
+                      for game in games])
     wins, losses = int((ahead > 0).sum()), int((ahead < 0).sum())
     hours = [np.mean([pair[side]["hours"] for pair in pairs]) for side in (1, 2)]
     title = " against ".join(f"{names[0]} {settings.get(names[0])}" for settings in (one, other))
-    lines = [f"{title}: {len(games)} games, {len(pairs)} pairs of runs",
-             f"ahead in {wins} games, behind in {losses}; two-sided sign test p = {sign_test(wins, losses):.3f}"]
+    lines = [f"{title}: {len(games)} games, {len(pairs)} pairs of runs", f"ahead in {wins} games, behind in"
+             f" {losses}; two-sided sign test p = {sign_test(wins, losses):.3f}"]
     random, human = np.array([REFERENCE[game] for game in games]).T
     spr = np.array([read_published()["SPR"][game][0] for game in games])
     for unit, top in (("human-normalised", human), ("in SPR's units", spr)):
@@ -52,7 +53,8 @@ def main(*files):
     """Print all comparisons, the groups with more levels first."""
     groups = [*load_results(files).values()]
     for first, second in itertools.combinations(reversed(groups), 2):
-        print(*compare(first, second), sep="\n", end="\n\n")
+        if lines := compare(first, second):
+            print(*lines, sep="\n", end="\n\n")
 
 
 if __name__ == "__main__":
