@@ -2633,27 +2633,24 @@ def write_result(path, given={}, **changes):
     return str(path)
 
 
-def test_a_score_goes_to_a_file_of_its_own_before_it_is_printed(tmp_path, monkeypatch, capsys):
+def test_a_score_goes_to_a_file_of_its_own_before_it_is_printed(saved_run, tmp_path, monkeypatch, capsys):
     """A saved run plays as many episodes as asked, by the seed asked for. The score is in a file named after
     what was played even if the standard output has gone away; what training wrote stays. With --json - the
-    standard output is that JSON and nothing else. What cannot be written is known before playing."""
-    untrained_run(tmp_path)
-    path, played = tmp_path / "evaluation-step0-seed7-3.json", []
+    standard output is that JSON and nothing else."""
+    shutil.copytree(saved_run, tmp_path / "run")
+    path, played, before = tmp_path / "run" / "evaluation-step0-seed7-3.json", [], set(tmp_path.rglob("*"))
     monkeypatch.setattr(train, "play", lambda agent, make, episodes, seed: (
         played.append((torch.initial_seed(), seed)) or [1.0, 3.0, 8.0][:episodes]))
-    command, before = [str(tmp_path), "--seed", "7", "--episodes", "3"], set(tmp_path.iterdir())
+    command = [str(tmp_path / "run"), "--seed", "7", "--episodes", "3"]
     with monkeypatch.context() as patch, pytest.raises(train.UsageError, match="gone"):
         patch.setattr("builtins.print", lambda *_: (_ for _ in ()).throw(BrokenPipeError(32, "gone")))
         evaluate.main(command)
     assert json.loads(path.read_text())["returns"] == [1.0, 3.0, 8.0] and played == [(7, 7)]
-    assert evaluate.main(command) == 0 and set(tmp_path.iterdir()) == before | {path}
+    assert evaluate.main(command) == 0 and set(tmp_path.rglob("*")) == before | {path}
     assert re.search(f"breakout after 0 steps: score 4.0.*\nwritten to {path}", capsys.readouterr().out)
     evaluate.main([*command[:-1], "1", "--json", "-"])
     assert json.loads(capsys.readouterr().out)["returns"] == [1.0]
-    assert set(tmp_path.iterdir()) == before | {path}
-    monkeypatch.setattr(evaluate, "evaluation", lambda *args: pytest.fail("played for nothing"))
-    with pytest.raises(train.UsageError, match="a.json cannot be written"):
-        evaluate.main([str(tmp_path), "--json", str(tmp_path / "nowhere" / "a.json")])
+    assert set(tmp_path.rglob("*")) == before | {path}
 
 
 def test_what_is_evaluated_are_the_weights_of_the_checkpoint(saved_run, tmp_path, refused):
@@ -2829,11 +2826,10 @@ def test_subgoals_are_decoded_level_by_level():
     states = [(onehot(torch.randint(8, (1, 8)), 8), 3 * torch.randn(1, 64)) for _ in range(3)]
     for above, (z, h) in zip(agent.levels[1:], states):  # what each higher decoder is made to say
         newest = torch.cat([0.6 * z.flatten(1) + 0.1, symlog(h)], 1)
-        stacked = torch.cat([torch.randn(1, 3 * newest.shape[1]), newest], 1)
-        above.world_model.decode = lambda z, h, stacked=stacked: stacked
+        above.world_model.decode = lambda z, h, newest=newest: torch.cat(
+            [torch.randn(1, 3 * newest.shape[1]), newest], 1)
     expected = evaluate.image_bytes(agent.levels[0].world_model.decode(*states[0])[0])
-    with torch.no_grad():
-        assert np.array_equal(evaluate.state_image(agent, 2, *states[2]), expected)
+    assert np.array_equal(evaluate.state_image(agent, 2, *states[2]), expected)
     every = torch.arange(256).expand(3, 64, 256).unfold(-1, 64, 64).movedim(2, 0)  # all bytes come back
     assert np.array_equal(evaluate.image_bytes(every / 255), every.movedim(1, -1))
 
@@ -2857,19 +2853,18 @@ def test_film_draws_each_goal_from_the_state_in_which_it_was_set(monkeypatch):
     agent.act = lambda *args, **now: memories.append(act(*args, **now)) or memories[-1]
     for i, level in enumerate(agent.levels):
         level.autoencoder.loss = lambda h, i=i: (None, h.sum() + i)
-    monkeypatch.setattr(evaluate, "state_image", lambda agent, i, z, h: drawn.append(
-        (len(memories) - 1, i, z, h)) or len(drawn))
+    monkeypatch.setattr(evaluate, "state_image", lambda agent, *own: drawn.append(own) or len(drawn))
     frames = [panels for _, panels in record_film(monkeypatch, agent, train.Atari("pong"), steps=18)]
     for t, (memory, ticks) in enumerate(memories):
-        *goals, (_, z, h), _ = [own for when, *own in drawn if when == t]
-        assert z is ticks[0]["state"].z and h is ticks[0]["state"].h  # the reconstruction
-        assert [i for i, _, _ in goals] == [0] * (t % 4 == 0) + [1] * (t % 16 == 0)
         assert t % 4 == 0 or frames[t][3:] == frames[t - 1][3:]
-        for i, z, h in goals:
-            with torch.inference_mode():
-                g_h = agent.levels[i].autoencoder.decode(memory["levels"][i]["subgoal"])
-            assert z is memory["levels"][i]["z"] and torch.equal(h, g_h)
-            assert f"novelty {ticks[i + 1]['state'].h.sum() + i + 1:.3f}" in frames[t][3 + i][1][1]
+        for i in (0, 1)[:len(ticks) - 1]:
+            (level, z, h), held, done = drawn.pop(0), memory["levels"][i], ticks[i + 1]["state"].h
+            g_h = agent.levels[i].autoencoder.decode(held["subgoal"].clone())
+            assert level == i and z is held["z"] and torch.equal(h, g_h)
+            assert f"novelty {done.sum() + i + 1:.3f}" in frames[t][3 + i][1][1]
+        level, z, h = drawn.pop(0)
+        assert level == 0 and z is ticks[0]["state"].z and h is ticks[0]["state"].h  # the reconstruction
+        drawn.pop(0)  # the dream
 
 
 @slow
@@ -2884,7 +2879,6 @@ def test_film_dream_starts_from_the_truth_and_then_sees_nothing(monkeypatch):
         torch.manual_seed(0)
         agent = small(1, (64, 64, 3), 6)
         awake(agent.levels[0].world_model.decoder)
-        torch.manual_seed(1)  # so that z is drawn alike
         agent.levels[0].policy = lambda state, goal: torch.eye(6)[[action]]
         frames = record_film(monkeypatch, agent, game("pong"), steps=12, restart=restart)
         return np.array([[image for image, _ in panels[1:]] for _, panels in frames]).swapaxes(0, 1)
@@ -2894,44 +2888,39 @@ def test_film_dream_starts_from_the_truth_and_then_sees_nothing(monkeypatch):
     assert (dream[11] != filmed(action=3)[1, 11]).any() and np.equal(*filmed(restart=0)).all()
 
 
-def test_film_of_ones_own_game_shows_its_frames(saved_run, tmp_path, monkeypatch):
-    """Where observations are numbers, the environment's own frames, with the score so far. Where it has none,
-    or pillow is missing, one line says so before anything is played."""
-    pytest.importorskip("PIL")
-    monkeypatch.setattr(gymnasium.envs.registration, "registry", dict(gymnasium.registry))
-    monkeypatch.setattr(gymnasium, "registry", gymnasium.envs.registration.registry)
-    gymnasium.register("Echo-v0", Echo)
-    env = evaluate.film_env("Echo-v0")
+def test_every_game_can_be_filmed_or_one_line_says_why_not(saved_run, tmp_path, monkeypatch):
+    """--video writes a GIF of captioned panels. Where observations are numbers, a film has the environment's
+    own frames, with the score of the episode. Where there are none, or no pillow, this is said before
+    anything is played."""
+    Image, drawn, game = pytest.importorskip("PIL.Image"), itertools.count(), "CartPole-v1"
+    monkeypatch.setattr(evaluate.film, "__defaults__", (6, 45))  # steps, restart
+    evaluate.main([str(saved_run), "--video", str(tmp_path / "a.gif")])
+    with Image.open(tmp_path / "a.gif") as film:
+        assert film.n_frames == 6 and film.size == (10 + 4 * 202, 264)
+    cart = type(gymnasium.make(game).unwrapped)
     with monkeypatch.context() as patch:
-        frames = record_film(patch, small(1), env)
-    for t, (title, ((image, _),)) in enumerate(frames):
-        assert image.shape == (40, 80, 3) and (image == t % 7).all() and title.endswith(f"score {t % 7}")
-    monkeypatch.setattr(Echo, "render", lambda self: None)
-    with pytest.raises(train.UsageError, match="no film of Echo-v0 .*NoneType"):
-        evaluate.film_env("Echo-v0")
+        patch.setattr(cart, "render", lambda self: np.full((40, 80, 3), next(drawn), np.uint8))
+        agent = small(1, actions=2)
+        agent.levels[0].policy = lambda state, goal: torch.eye(2)[[1]]  # to the right: soon the pole falls
+        frames = record_film(patch, agent, evaluate.film_env(game), steps=20)
+    assert all((panels[0][0] == t + 1).all() for t, (_, panels) in enumerate(frames))
+    scores = [int(title.split("score")[1]) for title, _ in frames]
+    assert 0 in scores[8:12] and all(after in (0, before + 1) for before, after in zip(scores, scores[1:]))
+    monkeypatch.setattr(cart, "render", lambda self: None)
+    with pytest.raises(train.UsageError, match="no film of CartPole-v1 .*NoneType"):
+        evaluate.film_env(game)
     monkeypatch.setattr(evaluate, "evaluation", lambda *args: pytest.fail("played before it was known"))
     monkeypatch.setitem(sys.modules, "PIL", None)
     with pytest.raises(train.UsageError, match="no film of breakout .*pillow"):
         evaluate.main([str(saved_run), "--video", str(tmp_path / "a.gif"), "--episodes", "2"])
 
 
-def test_film_file(saved_run, tmp_path, monkeypatch):
-    """--video writes a GIF: a frame a step, with four captioned panels for two levels."""
-    Image = pytest.importorskip("PIL.Image")
-    monkeypatch.setattr(evaluate.film, "__defaults__", (6, 45))  # steps, restart
-    evaluate.main([str(saved_run), "--video", str(tmp_path / "a.gif")])
-    with Image.open(tmp_path / "a.gif") as film:
-        assert film.n_frames == 6 and film.size == (10 + 4 * 202, 264)
-
-
-def test_aggregates_and_intervals(tmp_path):
+def test_aggregates_and_intervals():
     """Mean and median are those of the games' means, the interquartile mean leaves out a quarter of all runs
     at each end; all games weigh the same, however many runs they have. Published scores give the published
     mean and median. For many runs of one game the interval of the mean is +-1.96 standard errors."""
-    scores = [np.array([0.0, 0.2, 0.4, 0.6]), np.array([0.8, 1.0, 1.4, 5.0])]
-    expected = [(0.3 + 2.05) / 2, (0.3 + 2.05) / 2, (0.4 + 0.6 + 0.8 + 1.0) / 4]
-    assert np.allclose(evaluate.aggregate(scores), expected)
-    assert np.allclose(evaluate.aggregate([scores[0], np.tile(scores[1], 3)]), expected)
+    few, many = np.array([0.0, 0.2, 0.4, 0.6]), np.tile([0.8, 1.0, 1.4, 5.0], 3)
+    assert np.allclose(evaluate.aggregate([few, many]), (2.35 / 2, 2.35 / 2, 2.8 / 4))
     assert np.allclose(evaluate.aggregate([[0.1], [0.2], [3.0]]), (1.1, 0.2, 1.1))  # a quarter of 3 is none
     for method, mean, median in (("SimPLe", 0.332, 0.134), ("SPR", 0.616, 0.396), ("TWM", 0.956, 0.505),
                                  ("IRIS", 1.046, 0.289), ("STORM", 1.266, 0.580), ("BBF", 2.247, 0.917)):
@@ -2939,8 +2928,8 @@ def test_aggregates_and_intervals(tmp_path):
         assert scores.keys() == train.REFERENCE.keys()
         assert np.allclose(evaluate.aggregate(list(scores.values()))[:2], (mean, median), atol=6e-4)
     runs = np.random.default_rng(1).normal(size=400)
-    low, high = evaluate.bootstrap([runs], 1000)[:, 0]
-    assert np.allclose((low, high), runs.mean() + np.array([-1.96, 1.96]) * runs.std() / 20, atol=0.015)
+    ends = runs.mean() + np.array([-1.96, 1.96]) * runs.std() / 20
+    assert np.allclose(evaluate.bootstrap([runs], 1000)[:, 0], ends, atol=0.015)
 
 
 def test_table_says_what_it_knows(tmp_path, monkeypatch, capsys):
@@ -2951,29 +2940,27 @@ def test_table_says_what_it_knows(tmp_path, monkeypatch, capsys):
         lines = [re.split(r" *\| *", line)[1:-1] for line in text.splitlines() if "|" in line]
         return {first: others for first, *others in lines}
 
-    files = [write_result(tmp_path / "a.json", {"seed": 1}, returns=[0, 16]),
-             write_result(tmp_path / "b.json"),
-             write_result(tmp_path / "c.json", {"game": "frostbite"}, returns=[2000], commit="def5678"),
-             write_result(tmp_path / "d.json", {"game": "tennis"}, random_measured={"mean": 6})]
-    (tmp_path / "all.jsonl").write_text("\n".join(Path(file).read_text() for file in files))
-    evaluate.main(["--table", str(tmp_path / "all.jsonl"),
-                   write_result(tmp_path / "e.json", {"levels": 1}, returns=[7])])
-    flat, full = capsys.readouterr().out.split("### ")[1:]
+    path = tmp_path / "a.json"
+    lines = [Path(write_result(path, given, **changes)).read_text() for given, changes in (
+        ({"seed": 1}, {"returns": [0, 16]}), ({}, {"commit": "def5678"}),
+        ({"game": "frostbite"}, {"returns": [2000]}), ({"game": "tennis"}, {"random_measured": {"mean": 6}}))]
+    (tmp_path / "b.jsonl").write_text("\n".join(lines))
+    write_result(path, {"levels": 1}, returns=[7])
+    evaluate.main(["--table", str(tmp_path / "b.jsonl"), str(path)])
+    flat, text = capsys.readouterr().out.split("### ")[1:]
     assert flat.startswith("preset paper, levels 1, agent_steps 100000\n\nCommits: abc1234.")
     assert rows(flat)["pong"][:3] == ["7.0 ± -", "7.0", "0.785"] and "95%" not in flat
-    assert "Commits: abc1234, def5678." in full and "over 2 of the 26 games" in full and "shows: 1." in full
-    assert "tennis is not of Atari 100k and in no aggregate; random play, measured here: 6.0" in full
-    full = rows(full)
-    assert full["game"] == ["seed 0", "seed 1", "mean", "normalised", "random*", "human*", "SimPLe*", "DER*",
-                            "CURL*", "DrQ(eps)*", "SPR*"]
+    assert "Commits: abc1234, def5678." in text and "over 2 of the 26 games" in text and "shows: 1." in text
+    assert "tennis is not of Atari 100k and in no aggregate; random play, measured here: 6.0" in text
+    full, names = rows(text), ("random", "human", "SimPLe", "DER", "CURL", "DrQ(eps)", "SPR")
+    assert full["game"] == ["seed 0", "seed 1", "mean", "normalised", *(name + "*" for name in names)]
     assert full["pong"] == "2.0 ± 1.0,8.0 ± 8.0,5.0,0.728,-20.7,14.6,12.8,-19.3,-18.5,-9.1,-5.4".split(",")
     assert full["frostbite"][:2] == ["2000.0 ± -", "-"] and "Hieros*" not in full  # whose Pong is not known
-    pong, (own, iris) = np.array([2, 5, 8]), ((score - 65.2) / 4269.5 for score in (2000, 259.12))
-    low, mean, high = (f"{each:.3f}" for each in ((pong + 20.7) / 35.3 + own) / 2)
-    assert full["here"][0] == mean and full["95% interval"][0] == f"{low} to {high}"
-    assert full["IRIS*"][0] == f"{(1 + iris) / 2:.3f}"
+    low, mean, high = ((np.array([2, 5, 8]) + 20.7) / 35.3 + (2000 - 65.2) / 4269.5) / 2
+    assert full["here"][0] == f"{mean:.3f}" and full["95% interval"][0] == f"{low:.3f} to {high:.3f}"
+    assert full["IRIS*"][0] == f"{(1 + (259.12 - 65.2) / 4269.5) / 2:.3f}"
     monkeypatch.setattr(evaluate, "__file__", str(tmp_path / "evaluate.py"))  # without results/
-    assert evaluate.main(["--table", *files]) == 0 and "SPR" not in capsys.readouterr().out
+    assert evaluate.main(["--table", str(path)]) == 0 and "SPR" not in capsys.readouterr().out
 
 
 def test_only_seeds_are_averaged(tmp_path):
@@ -2981,14 +2968,10 @@ def test_only_seeds_are_averaged(tmp_path):
     them apart, also one that a file lacks or that is gone, and its value is in the title, where it is not the
     preset's. So do agent steps, code that was changed, and a file's own word on it. Of the runs in
     results/atari100k.jsonl only the levels differ, and all else is as the preset `cpu` is now."""
-    first, second = tmp_path / "a.json", tmp_path / "b.json"
+    def titles(given={}, first={}, **changes):
+        return [*evaluate.load_results([write_result(tmp_path / "a.json", **first),
+                                        write_result(tmp_path / "b.json", {"seed": 1} | given, **changes)])]
 
-    def titles(given={}, **changes):
-        return [*evaluate.load_results([first, write_result(second, {"seed": 1} | given, **changes)])]
-
-    write_result(first, dirty=True)  # by code of which nobody knows how it was changed
-    assert len(titles(dirty=True)) == 1 and len(titles(dirty=True, commit="def5678")) == 2
-    write_result(first)
     same = dict.fromkeys(("log_every", "save_every", "eval_episodes", "steps"), 7) | {"logdir": "runs/b"}
     assert titles(same) == ["preset paper, levels 3, agent_steps 100000"]
     for field in dataclasses.fields(train.Config):
@@ -2997,7 +2980,8 @@ def test_only_seeds_are_averaged(tmp_path):
             assert any(f"{field.name} {value}" in title for title in titles({field.name: value})), field.name
     config = {name: value for name, value in dataclasses.asdict(train.Config()).items() if name != "tau"}
     for changes in ({"trained_by": ["abc1234", "def5678+"]}, {"agent_steps": 50_000}, {"change": "no goals"},
-                    {"dirty": True}, {"given": {"gone": 1}}, {"config": config}):
+                    {"dirty": True}, {"given": {"gone": 1}}, {"config": config},
+                    {"first": {"dirty": True}, "dirty": True, "commit": "def5678"}):
         assert len(titles(**changes)) == 2, changes
     kept = evaluate.load_results([HERE / "results" / "atari100k.jsonl"])
     assert [*kept] == [f"preset cpu, levels {levels}, agent_steps 100000" for levels in (1, 3)]
@@ -3007,12 +2991,12 @@ def test_two_groups_are_compared_by_pairs(tmp_path):
     """results/paired.py: runs of one game and seed are paired, and each game counts once, whatever its number
     of runs; groups that differ in two settings, or share no run, are left alone."""
     paired = script("paired")
-    assert [paired.sign_test(*counts) for counts in ((5, 0), (0, 5), (3, 3), (0, 0))] == [1 / 16] * 2 + [1] * 2
-    scores = {"alien": [(7, 7)], "boxing": [(3, 5)], "hero": [(1,)], "krull": [(1000, 0)], "pong": [(10, 0), (4, 0)]}
+    assert [paired.sign_test(*n) for n in ((5, 0), (0, 5), (3, 3), (0, 0))] == [1 / 16, 1 / 16, 1, 1]
+    scores = [("alien", 7, 7), ("boxing", 3, 5), ("hero", 1), ("krull", 1e3, 0), ("pong", 10, 0), ("pong", 4, 0)]
     flat, full = evaluate.load_results([
-        write_result(tmp_path / f"{game}{seed}{levels}.json", {"game": game, "seed": seed, "levels": levels},
-                     returns=[score], hours=levels / 2) for game, pairs in scores.items()
-        for seed, pair in enumerate(pairs) for levels, score in zip((3, 1), pair)]).values()
+        write_result(tmp_path / f"{seed}-{levels}.json", {"game": game, "seed": seed, "levels": levels},
+                     returns=[score], hours=levels / 2)
+        for seed, (game, *pair) in enumerate(scores) for levels, score in zip((3, 1), pair)]).values()
     title, signs, human, spr, hours = paired.compare(full, flat)
     assert title == "levels 3 against levels 1: 4 games, 5 pairs of runs"
     assert signs == "ahead in 2 games, behind in 1; two-sided sign test p = 1.000"
