@@ -2900,10 +2900,11 @@ def test_every_game_can_be_filmed_or_one_line_says_why_not(saved_run, tmp_path, 
     cart = type(gymnasium.make(game).unwrapped)
     with monkeypatch.context() as patch:
         patch.setattr(cart, "render", lambda self: np.full((40, 80, 3), next(drawn), np.uint8))
-        agent = small(1, actions=2)
+        env, agent = evaluate.film_env(game), small(1, actions=2)
         agent.levels[0].policy = lambda state, goal: torch.eye(2)[[1]]  # to the right: soon the pole falls
-        frames = record_film(patch, agent, evaluate.film_env(game), steps=20)
+        frames = record_film(patch, agent, env, steps=20)
     assert all((panels[0][0] == t + 1).all() for t, (_, panels) in enumerate(frames))
+    assert env.unwrapped.state[1] > 0  # the cart's speed
     scores = [int(title.split("score")[1]) for title, _ in frames]
     assert 0 in scores[8:12] and all(after in (0, before + 1) for before, after in zip(scores, scores[1:]))
     monkeypatch.setattr(cart, "render", lambda self: None)
@@ -2992,7 +2993,7 @@ def test_two_groups_are_compared_by_pairs(tmp_path):
     of runs; groups that differ in two settings, or share no run, are left alone."""
     paired = script("paired")
     assert [paired.sign_test(*n) for n in ((5, 0), (0, 5), (3, 3), (0, 0))] == [1 / 16, 1 / 16, 1, 1]
-    scores = [("alien", 7, 7), ("boxing", 3, 5), ("hero", 1), ("krull", 1e3, 0), ("pong", 10, 0), ("pong", 4, 0)]
+    scores = [("alien", 7, 7), ("boxing", 3, 5), ("hero", 1), ("krull", 1e3, 0), ("pong", 9, 0), ("pong", 5, 0)]
     flat, full = evaluate.load_results([
         write_result(tmp_path / f"{seed}-{levels}.json", {"game": game, "seed": seed, "levels": levels},
                      returns=[score], hours=levels / 2)
