@@ -2993,11 +2993,11 @@ def test_two_groups_are_compared_by_pairs(tmp_path):
     of runs; groups that differ in two settings, or share no run, are left alone."""
     paired = script("paired")
     assert [paired.sign_test(*n) for n in ((5, 0), (0, 5), (3, 3), (0, 0))] == [1 / 16, 1 / 16, 1, 1]
-    scores = [("alien", 7, 7), ("boxing", 3, 5), ("hero", 1), ("krull", 1e3, 0), ("pong", 9, 0), ("pong", 5, 0)]
+    runs = [("alien", 7, 7), ("boxing", 3, 5), ("hero", 1), ("krull", 1e3, 0), ("pong", 9, 0), ("pong", 5, 0)]
     flat, full = evaluate.load_results([
         write_result(tmp_path / f"{seed}-{levels}.json", {"game": game, "seed": seed, "levels": levels},
                      returns=[score], hours=levels / 2)
-        for seed, (game, *pair) in enumerate(scores) for levels, score in zip((3, 1), pair)]).values()
+        for seed, (game, *pair) in enumerate(runs) for levels, score in zip((3, 1), pair)]).values()
     title, signs, human, spr, hours = paired.compare(full, flat)
     assert title == "levels 3 against levels 1: 4 games, 5 pairs of runs"
     assert signs == "ahead in 2 games, behind in 1; two-sided sign test p = 1.000"
@@ -3217,8 +3217,8 @@ def test_bars_stand_beside_published_ones(tmp_path):
     files = [write_result(tmp_path / "a.json"), write_result(tmp_path / "b.json", {"seed": 1}, returns=[8]),
              write_result(tmp_path / "c.json", {"game": "frostbite"}, returns=[2000]),
              write_result(tmp_path / "d.json", {"levels": 1})]
-    for count, titles in ((3, ["frostbite", "pong", "mean, 2 games", "median, 2 games", "IQM, 2 games",
-                               "optimality gap, 2 games"]), (4, ["frostbite", "pong"])):
+    for count, titles in ((3, ["frostbite", "pong", "mean, 2 games", "median, 2 games", "IQM, 2 games"]),
+                          (4, ["frostbite", "pong"])):
         figure = script("bars").main(tmp_path / "bars.png", *files[:count])
         axes = {axis.get_title(): axis for axis in figure.axes}
         assert list(axes) == titles
@@ -3248,7 +3248,7 @@ def test_curves_show_mean_and_range(tmp_path):
     lines = {line.get_label(): line.get_ydata() for line in axis.get_lines()}
     assert np.allclose(lines["runs: 2"], -15) and np.isclose(lines["runs: 1"][-1], 24.5)  # of 20 ... 29
     assert [text.get_text() for text in figure.legends[0].get_texts()] == [
-        f"preset paper, levels {levels}, 100,000 agent steps" for levels in (1, 3)]
+        f"preset paper, levels {levels}, agent_steps 100000" for levels in (1, 3)]
     band = axis.collections[1].get_paths()[0].vertices[:, 1]
     assert (band.min(), band.max()) == (-20, -10)
 
