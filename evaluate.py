@@ -277,7 +277,7 @@ def print_rows(*rows):
     """Lists of texts, the first of them the head, as a Markdown table."""
     widths = [max(map(len, column)) for column in zip(*rows)]
     for row in rows[0], ["-" * (width - 1) + ":" for width in widths], *rows[1:]:
-        print("| " + " | ".join(f"{cell:>{width}}" for cell, width in zip(row, widths)) + " |")
+        print("| " + " | ".join(f"{text:>{width}}" for text, width in zip(row, widths)) + " |")
     print()
 
 
