@@ -284,25 +284,24 @@ def print_rows(*rows):
 def print_group(group, games):
     """Markdown of one group: a row a game with the score of each seed, then the aggregates. A score's error
     is of its episodes alone. The intervals of the aggregates are of seeds, by which trainings differ."""
-    published = read_published()
-    peers = {name: published[name] for name in PEERS if name in published}
-    seeds = sorted({run["seed"] for runs in games.values() for run in runs})
+    published, seeds = read_published(), sorted({run["seed"] for runs in games.values() for run in runs})
     commits = sorted({commit for runs in games.values() for run in runs for commit in run["commits"]})
     means = {game: [run["mean"] for run in runs] for game, runs in games.items()}
     ours, rows = human_normalised(means), []
+    peers = {name: published[name] for name in PEERS if ours and name in published}
     for game, runs in games.items():
         scores = {run["seed"]: f"{run['mean']:.1f} ± {cell(run['standard_error'])}" for run in runs}
+        measured = (runs[0].get("random_measured") or {}).get("mean")
         rows.append([game, *(scores.get(seed, "-") for seed in seeds), cell(np.mean(means[game])),
                      cell(ours[game].mean() if game in ours else None, 3),
-                     *map(cell, REFERENCE.get(game, (None, None))),
+                     *map(cell, REFERENCE.get(game, (measured, None))),
                      *(cell(*known.get(game, [None])) for known in peers.values())])
-    print(f"### {group}\n\nCommits: {', '.join(commits)}. Scores: mean ± standard error over episodes.\n")
+    print(f"\n### {group}\n\nCommits: {', '.join(commits)}. Scores: mean ± standard error over episodes.\n")
     print_rows(["game", *(f"seed {seed}" for seed in seeds), "mean", "normalised",
                 *(name + "*" for name in ("random", "human", *peers))], *rows)
     print("* published by others, not run here; sources in results/published.csv.")
-    for game in games.keys() - ours.keys():
-        random = (games[game][0].get("random_measured") or {"mean": math.nan})["mean"]
-        print(f"{game} is not of Atari 100k and in no aggregate; random play, measured here: {random:.1f}.")
+    if others := [game for game in games if game not in ours]:
+        print(f"Not of Atari 100k, in no aggregate, random play measured here: {', '.join(others)}.")
     if ours:
         # Aggregates over unlike sets of games cannot be compared: only methods that know all of ours.
         methods = {name + "*": human_normalised(known) for name, known in published.items()}
