@@ -2945,7 +2945,8 @@ def test_table_says_what_it_knows(tmp_path, monkeypatch, capsys):
     path = tmp_path / "a.json"
     lines = [Path(write_result(path, given, **changes)).read_text() for given, changes in (
         ({"seed": 1}, {"returns": [0, 16]}), ({}, {"commit": "def5678"}),
-        ({"game": "frostbite"}, {"returns": [2000]}), ({"game": "tennis"}, {"random_measured": {"mean": 6}}))]
+        ({"game": "frostbite", "seed": 1}, {"returns": [2000]}),
+        ({"game": "tennis"}, {"random_measured": {"mean": 6}}))]
     (tmp_path / "b.jsonl").write_text("\n".join(lines))
     write_result(path, {"levels": 1}, returns=[7])
     evaluate.main(["--table", str(tmp_path / "b.jsonl"), str(path)])
@@ -2957,7 +2958,7 @@ def test_table_says_what_it_knows(tmp_path, monkeypatch, capsys):
     full, names = rows(text), ("random", "human", "SimPLe", "DER", "CURL", "DrQ(eps)", "SPR")
     assert full["game"] == ["seed 0", "seed 1", "mean", "normalised", *(name + "*" for name in names)]
     assert full["pong"] == "2.0 ± 1.0,8.0 ± 8.0,5.0,0.728,-20.7,14.6,12.8,-19.3,-18.5,-9.1,-5.4".split(",")
-    assert full["frostbite"][:2] == ["2000.0 ± -", "-"] and full["tennis"][3:6] == ["-", "6.0", "-"]
+    assert full["frostbite"][:2] == ["-", "2000.0 ± -"] and full["tennis"][3:6] == ["-", "6.0", "-"]
     assert "Hieros*" not in full  # whose score in Pong is not known
     low, mean, high = ((np.array([2, 5, 8]) + 20.7) / 35.3 + (2000 - 65.2) / 4269.5) / 2
     assert full["here"][0] == f"{mean:.3f}" and full["95% interval"][0] == f"{low:.3f} to {high:.3f}"
