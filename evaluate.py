@@ -1,7 +1,7 @@
-"""Score a trained agent, watch it, and set many beside each other.
+"""Score a trained agent, watch it, and set many runs beside each other.
 
-Read train.py before. What a single question needs, such as learning curves, a picture of S5's eigenvalues, or
-how often subgoals are reached, is a short script in results/, built on the functions here.
+Read train.py before. A study of one question, such as how often subgoals are reached, is a short script in
+results/, built on the functions here.
 
 Symbols as in world_model.py and hierarchy.py: z, h, g (subgoal code), g_h (the same in h-space), k = 4.
 
@@ -10,7 +10,7 @@ examples:
   python evaluate.py runs/pong-0 --episodes 20 --json -   JSON on the standard output, for scripts
   python evaluate.py runs/pong-0 --video film.gif         what it sees, imagines and wants
   python evaluate.py --table runs/*/evaluation.json       all runs beside published scores
-  python evaluate.py --table --json - runs/*/evaluation.json | jq '.[0].aggregates.here.IQM'
+  python evaluate.py --table results/atari100k.jsonl      a run a line; `jq -c . RESULT.json >> FILE` adds one
 
 exit codes: 0 done; 2 the command or a file is wrong, one line on the standard error says what; 130 Ctrl+C
 """
@@ -30,8 +30,8 @@ import torch
 
 from hierarchy import onehot
 from train import (PRESETS, REFERENCE, RESUMABLE, Config, Parser, UsageError, autocast, blaming, env_step,
-                   evaluation, keep_freed_memory, load_checkpoint, make_agent, make_config, make_env,
-                   program, report, statistics, write_json)
+                   evaluation, keep_freed_memory, load_checkpoint, make_agent, make_config, make_env, program,
+                   report, statistics, write_json)
 from world_model import symexp
 
 
@@ -40,7 +40,7 @@ from world_model import symexp
 # ------------------------------------------------------------------------------------------------------------
 
 def load_run(directory, device):
-    """(config, agent, checkpoint) of a run directory.
+    """(config, agent, checkpoint) of the directory of a run or of an exported agent.
 
     The checkpoint may come from a stranger: it cannot execute anything (train.load_checkpoint), and its
     settings pass the same checks as those of the command line. Raises UsageError if it does not fit.
@@ -50,6 +50,9 @@ def load_run(directory, device):
         checkpoint = load_checkpoint(path, "cpu")
         config = make_config(checkpoint["config"] | {"device": device, "logdir": str(directory)})
         agent = make_agent(config, make_env(config.game))
+        if "optimisers" not in checkpoint:  # exported: only training needs these, and they are not in it
+            for level in agent.levels:
+                del level.critics, level.slow_critics, level.normaliser
         agent.load_state_dict(checkpoint["weights"])
         return config, agent, checkpoint
 
@@ -62,21 +65,21 @@ def rollout(agent, env, steps, seed):
     for _ in range(steps):
         memory, ticks = agent.act(memory, **now, discretised=discretised)
         yield now, memory, ticks
-        # The agent sees an episode's last step, too; what it chooses there has no effect.
+        # The agent sees an episode's last step, too; the action that it chooses there has no effect.
         now = (env_step(env.reset()[0], is_first=True) if now["is_last"][0] else
                env_step(*env.step(int(ticks[0]["action"].argmax()))))
 
 
 def state_image(agent, i, z, h):
-    """What a state (z, h) of level i looks like: (1,32,32), (1,H) -> (64,64,3) bytes.
+    """What a state (z, h) of level i looks like: (1,S,C), (1,H) -> (64,64,3) bytes.
 
-    Level i's decoder gives what level i observes: for i = 0 an image; above, the last k states [z, symlog h]
-    of the level below, of which the newest is decoded again, one level down, until an image comes out.
+    Level 0's decoder gives an image. The decoder of a level above gives what that level observes: the last k
+    states [z, symlog h] of the level below. The newest of them is decoded again, one level down.
     """
     observation = agent.levels[i].world_model.decode(z, h)
     for level in reversed(agent.levels[:i]):
         stoch, classes = level.world_model.z_shape
-        newest = observation.unflatten(-1, (agent.k, -1))[:, -1]
+        newest = observation.unflatten(-1, (agent.k, -1))[:, -1]  # (1, S*C+H)
         z, h = newest.split([stoch * classes, level.world_model.hidden], -1)
         z = onehot(z.unflatten(-1, (stoch, classes)).argmax(-1), classes)  # decoded, it is nearly one-hot
         observation = level.world_model.decode(z, symexp(h))
@@ -110,43 +113,36 @@ def draw_frame(title, panels, scale=3):
     return frame
 
 
-def save_film(path, frames, limit=5_000_000):
-    """Write Pillow images as an endless GIF, a frame a step, cut at the end to less than `limit` bytes."""
+def save_film(path, frames):
+    """Write Pillow images as an endless GIF of 14 frames a second."""
     from PIL import Image
-    # One palette for all frames, made from a few of them: what stands still then costs nothing.
+    # One palette for all frames, made from a few of them: a GIF stores what stands still only once.
     some = np.concatenate([np.asarray(frame) for frame in frames[::max(1, len(frames) // 8)]])
     palette = Image.fromarray(some).quantize(128, Image.Quantize.MAXCOVERAGE)  # keeps rare colours: a ball's
-    kept, size = [frame.quantize(palette=palette, dither=Image.Dither.NONE) for frame in frames], limit
-    while size >= limit and kept:
-        kept[0].save(path, save_all=True, append_images=kept[1:], duration=70, loop=0)
-        size = Path(path).stat().st_size
-        message = f"{path}: {len(kept)} of {len(frames)} steps, {size / 1e6:.1f} MB"
-        kept = kept[:int(len(kept) * 0.95 * limit / size)]
-    print(message, file=sys.stderr)
+    first, *others = [frame.quantize(palette=palette, dither=Image.Dither.NONE) for frame in frames]
+    first.save(path, save_all=True, append_images=others, duration=70, loop=0)
+    print(f"{path}: {len(frames)} steps, {Path(path).stat().st_size / 1e6:.1f} MB", file=sys.stderr)
 
 
 def film_env(game):
-    """The environment of a film: its observations are images, or it draws frames. Raises UsageError where
-    nothing can be shown, now and not after a hundred episodes."""
-    with blaming(f"no film of {game} (films need: pip install pillow)"):
-        import PIL  # noqa: F401
+    """The environment of a film: its observations are images, or it draws frames. One frame is drawn on
+    trial. Raises UsageError where that fails: now, and not after a hundred episodes."""
+    with blaming(f"no film of {game} (films need pillow, films of numbers a render_mode rgb_array)"):
         env = make_env(game)
         if len(env.observation_space.shape) == 1:
-            if "rgb_array" not in env.metadata.get("render_modes", ()):
-                raise ValueError("it observes numbers and has no render_mode rgb_array")
             env = make_env(game, render_mode="rgb_array")
-            env.reset(seed=0)
-            env.render()  # which may need a library that is not there
+        image, _ = env.reset(seed=0)
+        draw_frame("", [(env.render() if image.ndim == 1 else image, ("", ""))])
         return env
 
 
-def film(agent, env, game, seed, path, steps=300, restart=45):
+def film(agent, env, game, seed, path, steps=200, restart=45):
     """A rollout: the game, its reconstruction, an open-loop dream, the subgoals held and their novelty.
 
-    The dream is told the actions but sees nothing; every `restart` steps it starts again from the true state.
-    The subgoal g of level i is drawn from (z, g_h) with the z of the moment when it was set, since a goal is
-    a place in h-space only; the picture stands until the level above chooses again. Where observations are
-    numbers, nothing but the environment's own frames can be shown.
+    The dream is told the actions and sees nothing. Every `restart` steps it starts again from the true state.
+    A subgoal of level i is a place g_h in h-space. It is drawn from (z, g_h) with the z of the moment when it
+    was set, and the picture stands until level i + 1 chooses again. Where observations are numbers, only the
+    environment's own frames can be shown. 200 steps of Atari with three levels are about a megabyte.
     """
     world, frames, goals, score = agent.levels[0].world_model, [], {}, 0.0
     discretised = world.sequence.discretise()
@@ -157,19 +153,15 @@ def film(agent, env, game, seed, path, steps=300, restart=45):
             frames.append(draw_frame(title, [(env.render(), ("the game", "the agent sees numbers"))]))
             continue
         state = ticks[0]["state"]
-        # Level 0's world model alone, x, z and h of its own: what the eyes see does not reach it.
         if now["is_first"][0] or blind == restart:
             dream, blind = state, 0
         else:
             dream, blind = world.imagine_step(dream, action, discretised), blind + 1
         action = ticks[0]["action"]  # a_{t-1} of the next step
         for i in range(1, len(ticks)):  # the levels above that have just seen and chosen
-            held = memory["levels"][i - 1]
-            below, level, h = agent.levels[i - 1], agent.levels[i], ticks[i]["state"].h
-            g_h = below.autoencoder.decode(held["subgoal"]) + below.origin(ticks[i - 1]["state"].h)
-            before = symexp(memory["levels"][i]["recent"][:, 0, -h.shape[-1]:])  # of k - 1 ticks ago
-            come = h - level.origin(before, torch.full((1,), agent.k - 1, device=h.device))
-            novelty = level.autoencoder.loss(come)[1].item()
+            held, level, below = memory["levels"][i - 1], agent.levels[i], agent.levels[i - 1]
+            novelty = level.autoencoder.loss(ticks[i]["state"].h)[1].item()
+            g_h = below.autoencoder.decode(held["subgoal"])  # (1, H)
             goals[i] = state_image(agent, i - 1, held["z"], g_h), (
                 f"goal that level {i} sets level {i - 1}", f"novelty {novelty:.3f}; {agent.k ** i} steps")
         eyes = f"eyes shut for {blind} steps" if blind else "eyes open: starts again"
@@ -186,18 +178,15 @@ def film(agent, env, game, seed, path, steps=300, restart=45):
 # ------------------------------------------------------------------------------------------------------------
 
 # The conventions of rliable, Agarwal et al. 2021, arXiv 2108.13264.
-AGGREGATES = ("mean", "median", "IQM", "optimality gap")  # more is better; of the gap, less
-
-# Settings that came or went, so that files from before or after lack them, and the value at which each does
-# nothing: as if there were no such setting. A new setting that has such a value belongs here, or else the
-# runs from before it stand apart, as "unknown".
-NEUTRAL = {"observation_variance": 0, "sequence": "s5", "compile": False, "warmup_hold": 1, "hindsight": 0,
-           "decoded": 1, "ema_decay": 0, "reward_scale": 1}
+AGGREGATES = ("mean", "median", "IQM")
+# Methods that replay about as few steps as the preset `cpu`: those in the table of games. The table of
+# aggregates has all of results/published.csv.
+PEERS = ("SimPLe", "DER", "CURL", "DrQ(eps)", "SPR")
 
 
 def read_published():
     """{method: {game: [score]}} of results/published.csv, whose head names the sources; {} without the file.
-    A column more in that file is a method more in every table."""
+    Its first line that is no comment names the methods: a column more is a method more."""
     path = Path(__file__).parent / "results" / "published.csv"
     if not path.exists():
         return {}
@@ -214,22 +203,21 @@ def human_normalised(scores):
 
 
 def aggregate(scores):
-    """(4,) AGGREGATES of human-normalised scores, a list of (runs,) arrays, one a game.
+    """(3,) AGGREGATES of human-normalised scores, a list of (runs,) arrays, one a game.
 
-    Mean and median are those of the games' means; the interquartile mean leaves out the lowest and the
-    highest quarter of all runs of all games; the optimality gap is the mean of max(0, 1 - score). Where games
-    have unequally many runs, runs are repeated until all have equally many: every game weighs the same.
+    Mean and median are those of the games' means. The interquartile mean leaves out the lowest and the
+    highest quarter of all runs of all games. Where games have unequally many runs, runs are repeated until
+    all have equally many: every game weighs the same.
     """
     games, runs = [np.mean(s) for s in scores], math.lcm(*map(len, scores))
     pooled = np.sort(np.concatenate([np.repeat(s, runs // len(s)) for s in scores]))
     cut = len(pooled) // 4
-    return np.array([np.mean(games), np.median(games), pooled[cut:len(pooled) - cut].mean(),
-                     np.maximum(0, 1 - pooled).mean()])
+    return np.array([np.mean(games), np.median(games), pooled[cut:len(pooled) - cut].mean()])
 
 
 def bootstrap(scores, resamples=2000, seed=0):
-    """(2,4) ends of the 95% intervals of AGGREGATES. Stratified: each game's runs are redrawn among
-    themselves. NaN where every game has one run: no width at all would be a lie."""
+    """(2,3) ends of the 95% intervals of AGGREGATES. Stratified: each game's runs are redrawn among
+    themselves. NaN where every game has one run: an interval without width would be a lie."""
     if max(map(len, scores), default=1) == 1:
         return np.full((2, len(AGGREGATES)), np.nan)
     rng = np.random.default_rng(seed)
@@ -237,126 +225,95 @@ def bootstrap(scores, resamples=2000, seed=0):
     return np.percentile(draws, [2.5, 97.5], 0)
 
 
-def group_title(run):
-    """What may be averaged with a run, in words: only the seed differs, and what does not touch learning.
+def settings(run):
+    """{name: value} of all that sets a run apart. Runs that have all of it in common may be averaged.
 
-    Named is each setting that differs from the preset's, as it is now; "unknown" is one that came after the
-    run, so that its file lacks it, and that is not the same as any value. Runs whose code had been changed
-    stand by their commit, since nobody knows how it was changed; and where a file says how its code differs
-    from what its settings name ("change"), so does the title.
+    It has each setting whose value is not the preset's; None is the value of one that either of them lacks. A
+    setting that --resume may change, such as the name of the directory, makes no other agent. "change" is a
+    result's own word on how its code differs. Code that was changed since its commit ("+") stands by that
+    commit, since nobody knows how it was changed.
     """
-    config = NEUTRAL | run["config"]
-    usual = NEUTRAL | dataclasses.asdict(Config()) | PRESETS.get(run["preset"], {})
-    if config["device"] == "cpu" and config.get("precision") == "float32":  # where tf32 is the same
-        usual["precision"] = "float32"
-    words = [f"preset {run['preset']}", f"levels {run['levels']}", f"{run['agent_steps']:,} agent steps"]
-    # What --resume may change, such as the name of the directory, makes no other agent.
-    for name in sorted((config.keys() | usual.keys()) - RESUMABLE - {"game", "seed", "preset", "levels"}):
-        if config.get(name) != usual.get(name):
-            words.append(f"{name} {config.get(name, 'unknown')}")
-    if run.get("dirty") or any("+" in commit for commit in run["commits"]):
-        words.append(f"code changed since {', '.join(run['commits'])}")
-    if "change" in run:
-        words.append(f"change: {run['change']}")
-    return ", ".join(words)
+    usual = dataclasses.asdict(Config()) | PRESETS[run["preset"]] | {"change": None, "code": ""}
+    changed = " ".join(commit for commit in run["commits"] if "+" in commit)
+    own = run["config"] | {"change": run.get("change"), "code": changed}
+    names = (own.keys() | usual.keys()) - RESUMABLE - {"game", "seed", "preset", "levels"}
+    return {name: run[name] for name in ("preset", "levels", "agent_steps")} | {
+        name: own.get(name) for name in sorted(names) if own.get(name) != usual.get(name)}
 
 
 def load_results(paths):
-    """{group: {game: [result, ...]}} of result files, all in order, results by seed. A group is what may be
-    averaged, named by `group_title`. Raises UsageError for a file that is not one of ours, or a run that is
-    there twice."""
-    kinds = {"game": str, "preset": str, "levels": int, "seed": int, "agent_steps": int}
+    """{group: {game: [result, ...]}} of files, all in order, results by seed: a .json file is one result, a
+    .jsonl file has one a line. A group is what may be averaged, named by its `settings`. Raises UsageError
+    for what is no result, and for a run that is there twice, which would count twice."""
     runs, groups = {}, defaultdict(lambda: defaultdict(list))
-    for path in paths:
-        with blaming(f"{path} is not a result of this program"):
-            run = json.loads(Path(path).read_bytes())
-            wrong = [name for name, kind in kinds.items() if not isinstance(run[name], kind)]
-            if wrong or not run["returns"] or not np.isfinite(run["returns"]).all():
-                raise ValueError(f"not of the right kind: {wrong or 'returns'}")
-            run |= statistics([float(score) for score in run["returns"]])
-            run["path"], run["curve"] = path, np.array(run["curve"], float).reshape(-1, 2)  # [step, return]
-            # Of all code that has trained it; of older files, of the code that has evaluated it.
-            run["commits"] = list(run.get("trained_by", [str(run["commit"])]))
-            key = group_title(run), run["game"], run["seed"]
-        if key in runs:  # it would count twice
-            raise UsageError(f"{path} and {runs[key]['path']} are the same run: {key[1]}, seed {key[2]},"
-                             f" {key[0]}")
-        runs[key] = run
-    for (group, game, _), run in sorted(runs.items(), key=lambda item: item[0]):
-        groups[group][game].append(run)
+    for path in map(Path, paths):
+        with blaming(f"{path} cannot be read"):
+            text = path.read_text("utf-8")
+        for number, line in enumerate(text.splitlines() if path.suffix == ".jsonl" else [text], 1):
+            with blaming(f"{path}:{number} is not a result of this program"):
+                run = json.loads(line) | {"place": f"{path}:{number}"}
+                if not run["returns"] or not np.isfinite(run["returns"]).all():
+                    raise ValueError("its returns are not finite numbers")
+                run |= statistics([float(score) for score in run["returns"]])
+                run["curve"] = np.array(run["curve"], float).reshape(-1, 2)  # [step, return]
+                # Of all code that has trained it, and of the code that has scored it.
+                run["commits"] = sorted({*run.get("trained_by", ()), run["commit"] + "+" * run["dirty"]})
+                run["settings"], run["seed"] = settings(run), int(run["seed"])
+                group = ", ".join(f"{name} {value}" for name, value in run["settings"].items())
+                key = group, str(run["game"]), run["seed"]
+            if runs.setdefault(key, run) is not run:
+                raise UsageError(f"{run['place']} and {runs[key]['place']} are the same run: {key}")
+    for group, game, seed in sorted(runs):
+        groups[group][game].append(runs[group, game, seed])
     return groups
 
 
-def summarise(groups):
-    """What --table prints, ready for JSON: of each group its commits, its games, and AGGREGATES with their
-    intervals, beside those of the published methods over the same games.
-
-    Two errors, not to be mixed up: seeds_sd is the standard deviation of the runs' scores, by which trainings
-    differ; episodes_se the standard error of one run's score, from its own episodes alone, mean over runs.
-    """
-    published = {name + "*": human_normalised(scores) for name, scores in read_published().items()}
-    summaries = []
-    for group, games in groups.items():
-        ours = human_normalised({game: [run["mean"] for run in runs] for game, runs in games.items()})
-        rows = {}
-        for game, runs in games.items():
-            scores, errors = ([run[name] for run in runs] for name in ("mean", "standard_error"))
-            rows[game] = {"scores": scores, "mean": float(np.mean(scores)),
-                          "seeds_sd": float(np.std(scores, ddof=1)) if len(scores) > 1 else None,
-                          "episodes_se": None if None in errors else float(np.mean(errors)),
-                          "human_normalised": float(ours[game].mean()) if game in ours else None,
-                          "random_measured": runs[0].get("random_measured")}
-        # Aggregates over unlike sets of games cannot be compared: only methods that know all of ours.
-        everyone = {"here": ours} | published
-        methods = {name: [theirs[game] for game in ours] for name, theirs in everyone.items()
-                   if ours and theirs.keys() >= ours.keys()}
-        ends = bootstrap(list(ours.values()))
-        summaries.append({
-            "group": group, "games": rows,
-            "commits": sorted({name for runs in games.values() for run in runs for name in run["commits"]}),
-            "aggregates": {name: dict(zip(AGGREGATES, aggregate(scores).tolist()))
-                           for name, scores in methods.items()},
-            "interval": None if np.isnan(ends).any() else dict(zip(AGGREGATES, ends.T.tolist()))})
-    return summaries
+def cell(number, digits=1):
+    """A number as the text of a table."""
+    return "-" if number is None else f"{number:.{digits}f}"
 
 
 def print_rows(*rows):
     """Lists of texts, the first of them the head, as a Markdown table."""
     widths = [max(map(len, column)) for column in zip(*rows)]
     for row in rows[0], ["-" * (width - 1) + ":" for width in widths], *rows[1:]:
-        print("| " + " | ".join(f"{cell:>{width}}" for cell, width in zip(row, widths)) + " |")
+        print("| " + " | ".join(f"{text:>{width}}" for text, width in zip(row, widths)) + " |")
     print()
 
 
-def print_table(summary):
-    """One of the summaries of `summarise` as Markdown."""
-    def cell(number, digits=1):
-        return "-" if number is None else f"{number:.{digits}f}"
-
-    games, published = summary["games"], read_published()
-    print(f"### {summary['group']}\n\nCommits: {', '.join(summary['commits'])}.\n")
-    print_rows(["game", "runs", "score", "seeds' s.d.", "episodes' s.e.", "normalised", "random*", "human*",
-                *(name + "*" for name in published)],
-               *[[game, str(len(row["scores"])), cell(row["mean"]), cell(row["seeds_sd"]),
-                  cell(row["episodes_se"]), cell(row["human_normalised"], 3),
-                  *map(cell, REFERENCE.get(game, (None, None))),
-                  *(cell(*known.get(game, [None])) for known in published.values())]
-                 for game, row in games.items()])
-    print("* published by others, not run here; " + ("sources in results/published.csv." if published else
-          "of other methods nothing is known without results/published.csv."))
-    for game in games.keys() - REFERENCE.keys():
-        measured = games[game]["random_measured"]
-        print(f"{game} is not of Atari 100k and in no aggregate"
-              + (f"; random play, measured here: {measured['mean']:.1f}." if measured else "."))
-    if summary["aggregates"]:
-        few = "" if summary["interval"] else "; intervals need several runs a game"
-        print(f"Aggregates of human-normalised scores over {len(games.keys() & REFERENCE.keys())} of the"
-              f" {len(REFERENCE)} games{few}.\nOf published methods only means are known: their IQM and gap"
-              " are of games, not of runs.\n")
-        rows = [[name, *(cell(value, 3) for value in values.values())]
-                for name, values in summary["aggregates"].items()]
-        ends = [f"{low:.3f} to {high:.3f}" for low, high in (summary["interval"] or {}).values()]
-        rows[1:1] = [["95% interval", *ends]] if ends else []
+def print_group(group, games):
+    """Markdown of one group: a row a game with the score of each seed, then the aggregates. A score's error
+    is of its episodes alone. The intervals of the aggregates are of seeds, by which trainings differ."""
+    published, seeds = read_published(), sorted({run["seed"] for runs in games.values() for run in runs})
+    commits = sorted({commit for runs in games.values() for run in runs for commit in run["commits"]})
+    means = {game: [run["mean"] for run in runs] for game, runs in games.items()}
+    ours, rows = human_normalised(means), []
+    peers = {name: published[name] for name in PEERS if ours and name in published}
+    for game, runs in games.items():
+        scores = {run["seed"]: f"{run['mean']:.1f} ± {cell(run['standard_error'])}" for run in runs}
+        measured = (runs[0].get("random_measured") or {}).get("mean")
+        rows.append([game, *(scores.get(seed, "-") for seed in seeds), cell(np.mean(means[game])),
+                     cell(ours[game].mean() if game in ours else None, 3),
+                     *map(cell, REFERENCE.get(game, (measured, None))),
+                     *(cell(*known.get(game, [None])) for known in peers.values())])
+    print(f"\n### {group}\n\nCommits: {', '.join(commits)}. Scores: mean ± standard error over episodes.\n")
+    print_rows(["game", *(f"seed {seed}" for seed in seeds), "mean", "normalised",
+                *(name + "*" for name in ("random", "human", *peers))], *rows)
+    print("* published by others, not run here; sources in results/published.csv.")
+    if others := [game for game in games if game not in ours]:
+        print(f"Not of Atari 100k, in no aggregate, random play measured here: {', '.join(others)}.")
+    if ours:
+        # Aggregates over unlike sets of games cannot be compared: only methods that know all of ours.
+        methods = {name + "*": human_normalised(known) for name, known in published.items()}
+        rows = [[name, *(cell(value, 3) for value in aggregate([known[game] for game in ours]))]
+                for name, known in ({"here": ours} | methods).items() if known.keys() >= ours.keys()]
+        ends = bootstrap(list(ours.values()))
+        if not np.isnan(ends).any():
+            rows.insert(1, ["95% interval", *(f"{low:.3f} to {high:.3f}" for low, high in ends.T)])
+        single = sum(len(runs) == 1 for runs in ours.values())
+        print(f"Human-normalised scores over {len(ours)} of the {len(REFERENCE)} games. Games with one run,"
+              f" whose luck no interval shows: {single}.\nOf published methods only means are known: their"
+              " IQM is of games, not of runs.\n")
         print_rows(["", *AGGREGATES], *rows)
 
 
@@ -369,22 +326,19 @@ def writable(path, suffix):
     if Path(path).suffix != suffix:  # above all, no typing error may overwrite a checkpoint
         raise UsageError(f"{path}: the name must end in {suffix}")
     with blaming(f"{path} cannot be written"):
-        if Path(path).is_dir():
-            raise IsADirectoryError("it is a directory")
-        tempfile.TemporaryFile(dir=Path(path).parent).close()  # what can be made is best known by making it
+        tempfile.TemporaryFile(dir=Path(path).parent).close()  # to make a file is the only sure test
     return path
 
 
 def parse(argv):
-    """The arguments of the command line. Raises UsageError, before any work is done, for what cannot
-    succeed."""
+    """The arguments of the command line. Raises UsageError, before any work, for what cannot succeed."""
     parser = Parser(epilog=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     add = parser.add_argument
-    add("paths", nargs="*", metavar="RUN|RESULT.json",
-        help="the directory of a run, or the result files of many runs")
+    add("paths", nargs="*", metavar="RUN|RESULT",
+        help="the directory of a run, or files with the results of many, .json or .jsonl")
     add("--json", metavar="FILE", type=lambda path: path if path == "-" else writable(path, ".json"),
-        help="where score or table go as JSON; - prints it and nothing else. By default a score goes to"
-        " RUN/evaluation-stepSTEP-seedSEED-EPISODES.json")
+        help="where the score goes (default: RUN/evaluation-stepSTEP-seedSEED-EPISODES.json); - prints it and"
+        " nothing else")
     add("--episodes", type=int, metavar="N", help="play N episodes and score them (default: 100; with --video"
         " none, unless asked for by this flag or --json)")
     add("--video", type=lambda path: writable(path, ".gif"), metavar="FILE.gif",
@@ -394,11 +348,10 @@ def parse(argv):
     add("--table", action="store_true", help="scores and aggregates of many runs, beside published ones")
     args = parser.parse_intermixed_args(argv)
 
-    if args.table and (args.video or args.episodes is not None):
-        raise UsageError("--table is about many runs, --video and --episodes about one: use two commands")
+    if args.table and (args.video or args.json or args.episodes is not None):
+        raise UsageError("--json, --video and --episodes are about one run, --table about many")
     if not args.paths or (len(args.paths) > 1 and not args.table):
-        raise UsageError("--table needs result files, for example runs/*/evaluation.json" if args.table else
-                         "name one directory of a run, for example runs/pong-0")
+        raise UsageError("name one run, such as runs/pong-0, or --table and results, runs/*/evaluation.json")
     if args.episodes is not None and args.episodes < 1:
         raise UsageError(f"--episodes {args.episodes} is out of range: at least 1")
     make_config({"seed": args.seed, "device": args.device})
@@ -408,8 +361,6 @@ def parse(argv):
 def one_run(args):
     """Score and film of one run."""
     directory = Path(args.paths[0])
-    if directory.name == "checkpoint.pt":  # what is in it is meant
-        directory = directory.parent
     config, agent, past = load_run(directory, args.device)
     env = film_env(config.game) if args.video else None
     with torch.inference_mode():
@@ -433,14 +384,11 @@ def main(argv):
     keep_freed_memory()
     args = parse(argv)
     try:
-        if not args.table:
+        if args.table:
+            for group, games in load_results(args.paths).items():
+                print_group(group, games)
+        else:
             one_run(args)
-            return 0
-        summaries = summarise(load_results(args.paths))
-        if args.json:
-            write_json(summaries, args.json)
-        for summary in summaries if args.json != "-" else ():
-            print_table(summary)
     except OSError as error:
         raise UsageError(f"{error.filename or 'output'}: {error.strerror}") from error
     return 0

@@ -3,6 +3,7 @@
 `-m "not slow"` takes about a minute. `-m gpu` runs what needs a CUDA device and is skipped without one.
 """
 
+import ast
 import copy
 import dataclasses
 import importlib.util
@@ -2482,86 +2483,53 @@ def untrained_run(directory, game="breakout", levels=2, seed=0, **settings):
 
 
 def write_result(path, given={}, **changes):
-    """A result file as train.evaluation makes it, of a run with the `given` settings, its entries changed;
-    those that are None are left out."""
+    """A result file as train.evaluation makes it, of a run with the `given` settings, its entries changed."""
     config = dataclasses.asdict(train.Config()) | {"preset": "paper", "device": "cpu"} | given
     entry = {name: config[name] for name in ("game", "preset", "levels", "seed")} | {
-        "agent_steps": 100_000, "returns": [1.0, 3.0], "curve": [[1000 * i, i - 21.0] for i in range(1, 30)],
-        "config": config, "commit": "abc1234", "dirty": False, "trained_by": ["abc1234"]} | changes
-    path.write_text(json.dumps({name: value for name, value in entry.items() if value is not None}))
+        "agent_steps": 100_000, "hours": 0.5, "returns": [1.0, 3.0], "curve": [[100, -21.0], [200, -20.0]],
+        "config": config, "commit": "abc1234", "dirty": False, "trained_by": ["abc1234"]}
+    path.write_text(json.dumps(entry | changes))
     return str(path)
 
 
-def groups(*files):
-    """The titles of the groups that `--table` makes of result files."""
-    return list(evaluate.load_results(files))
-
-
-@slow
-def test_evaluation_of_a_run(tmp_path, capsys):
-    """A saved run plays as many episodes as asked; its score goes to a file named after what was played, and
-    what training wrote stays as it is; with --json - the standard output is that JSON and nothing else. The
-    same seed gives the same score. The checkpoint itself may be named."""
-    untrained_run(tmp_path)
-    (tmp_path / "evaluation.json").write_text("written by training")
-    assert evaluate.main([str(tmp_path), "--episodes", "1", "--seed", "1"]) == 0
-    path, printed = tmp_path / "evaluation-step0-seed1-1.json", capsys.readouterr().out
-    assert "breakout after 0 steps: score" in printed and f"written to {path}" in printed
-    summary = json.loads(path.read_text())
-    assert len(summary["returns"]) == 1 and summary["mean"] == np.mean(summary["returns"])
-    assert summary["config"]["levels"] == summary["levels"] == 2 and summary["evaluation_seed"] == 1
-    path.unlink()
-    evaluate.main([str(tmp_path / "checkpoint.pt"), "--episodes", "1", "--seed", "1", "--json", "-"])
-    assert json.loads(capsys.readouterr().out)["returns"] == summary["returns"]
-    assert not path.exists() and (tmp_path / "evaluation.json").read_text() == "written by training"
-
-
-def test_a_score_is_written_before_it_is_printed_and_its_file_tried_before_it_is_played(
-        tmp_path, monkeypatch, capsys):
-    """A score survives a standard output that has gone away; a place where nothing can be written is named
-    before the first episode."""
-    untrained_run(tmp_path)
-    played = []
+def test_a_score_goes_to_a_file_of_its_own_before_it_is_printed(saved_run, tmp_path, monkeypatch, capsys):
+    """A saved run plays as many episodes as asked, by the seed asked for. The score is in a file named after
+    what was played even if the standard output has gone away; what training wrote stays. With --json - the
+    standard output is that JSON and nothing else."""
+    shutil.copytree(saved_run, tmp_path / "run")
+    path, played, before = tmp_path / "run" / "evaluation-step0-seed7-3.json", [], set(tmp_path.rglob("*"))
     monkeypatch.setattr(train, "play", lambda agent, make, episodes, seed: (
-        played.append(torch.initial_seed()) or [1.0] * episodes))
-    monkeypatch.setattr("builtins.print", lambda *args: (_ for _ in ()).throw(BrokenPipeError(32, "gone")))
-    with pytest.raises(train.UsageError, match="gone"):
-        evaluate.main([str(tmp_path), "--episodes", "3", "--seed", "7"])
-    assert json.loads((tmp_path / "evaluation-step0-seed7-3.json").read_text())["mean"] == 1.0
-    assert played == [7]  # actions are drawn by the seed that was asked for
-    monkeypatch.undo()
-    monkeypatch.setattr(evaluate, "evaluation", lambda *args: pytest.fail("played for nothing"))
-    for place in ("/proc/a.json", str(tmp_path / "nowhere" / "a.json")):
-        with pytest.raises(train.UsageError, match="a.json cannot be written"):
-            evaluate.main([str(tmp_path), "--json", place])
-    (tmp_path / "evaluation-step0-seed0-100.json").mkdir()
-    with pytest.raises(train.UsageError, match="it is a directory"):
-        evaluate.main([str(tmp_path)])
+        played.append((torch.initial_seed(), seed)) or [1.0, 3.0, 8.0][:episodes]))
+    command = [str(tmp_path / "run"), "--seed", "7", "--episodes", "3"]
+    with monkeypatch.context() as patch, pytest.raises(train.UsageError, match="gone"):
+        patch.setattr("builtins.print", lambda *_: (_ for _ in ()).throw(BrokenPipeError(32, "gone")))
+        evaluate.main(command)
+    assert json.loads(path.read_text())["returns"] == [1.0, 3.0, 8.0] and played == [(7, 7)]
+    assert evaluate.main(command) == 0 and set(tmp_path.rglob("*")) == before | {path}
+    assert re.search(f"breakout after 0 steps: score 4.0.*\nwritten to {path}", capsys.readouterr().out)
+    evaluate.main([*command[:-1], "1", "--json", "-"])
+    assert json.loads(capsys.readouterr().out)["returns"] == [1.0]
+    assert set(tmp_path.rglob("*")) == before | {path}
 
 
-def test_evaluation_loads_the_trained_weights(tmp_path):
-    """What is evaluated are the weights of the checkpoint, not freshly drawn ones."""
-    run = untrained_run(tmp_path)
-    with torch.no_grad():
-        for parameter in run.agent.parameters():
-            parameter.add_(1.0)
-    run.save()
-    _, agent, _ = evaluate.load_run(tmp_path, "cpu")
-    for name, value in agent.state_dict().items():
-        assert torch.equal(value, run.agent.state_dict()[name]), name
-
-
-@slow
-def test_the_modules_work_without_results(tmp_path):
-    """The .py files alone are enough: evaluate.py is imported, gives help and a table, and says in the table
-    why no published methods stand there."""
-    for path in HERE.glob("*.py"):
-        shutil.copy(path, tmp_path)
-    write_result(tmp_path / "a.json")
-    command = [sys.executable, "evaluate.py"]
-    for flags, says in ((["--help"], "usage"), (["--table", "a.json"], "without results/published.csv")):
-        done = subprocess.run(command + flags, cwd=tmp_path, capture_output=True, text=True)
-        assert done.returncode == 0 and says in done.stdout and not done.stderr, done.stderr
+def test_what_is_evaluated_are_the_weights_of_the_checkpoint(saved_run, tmp_path, refused):
+    """A run's, and those of an exported agent: float16, without what only training needs. A checkpoint that
+    lacks anything else is refused in one line."""
+    saved, path = torch.load(saved_run / "checkpoint.pt", weights_only=True), tmp_path / "checkpoint.pt"
+    saved["weights"] = {name: value + 1 for name, value in saved["weights"].items()}
+    weights = {name: value.half() for name, value in saved["weights"].items()
+               if not re.search("critics|normaliser", name)}
+    exported = {name: saved[name] for name in ("config", "step", "seconds", "curve", "commits")}
+    for content, own in ((saved, saved["weights"]), (exported | {"weights": weights}, weights)):
+        torch.save(content, path)
+        _, agent, past = evaluate.load_run(tmp_path, "cpu")
+        assert past["step"] == 0 and agent.state_dict().keys() == own.keys()
+        for name, value in agent.state_dict().items():
+            assert value.dtype == torch.float32 and torch.equal(value, own[name].float()), name
+    del exported["config"], weights["levels.0.actor.net.0.weight"]
+    for content in (saved | {"weights": weights}, exported | {"config": saved["config"], "weights": weights}):
+        torch.save(content, path)
+        assert "checkpoint.pt cannot be used: RuntimeError" in refused("evaluate.py", tmp_path)
 
 
 class Echo(gymnasium.Env):
@@ -2585,52 +2553,6 @@ class Echo(gymnasium.Env):
 
     def render(self):
         return np.full((40, 80, 3), self.t, np.uint8)
-
-
-class Undrawn(Echo):
-    """Has nothing to show."""
-    metadata = {"render_modes": []}
-
-
-class Undrawable(Echo):
-    """Cannot be drawn since a library is missing."""
-
-    def render(self):
-        raise gymnasium.error.DependencyNotInstalled("pygame is not installed")
-
-
-@pytest.fixture
-def own_games(monkeypatch):
-    """Three environments that observe numbers, known to Gymnasium."""
-    monkeypatch.setattr(gymnasium.envs.registration, "registry", dict(gymnasium.registry))
-    monkeypatch.setattr(gymnasium, "registry", gymnasium.envs.registration.registry)
-    for kind in (Echo, Undrawn, Undrawable):
-        gymnasium.register(f"{kind.__name__}-v0", kind)
-
-
-@slow
-def test_own_games_are_evaluated_and_filmed(own_games, tmp_path, monkeypatch, capsys):
-    """An environment that observes numbers gets a score beside that of random play, measured in the same
-    evaluation, also in the table; its film shows its own frames, and where it has none, one line says why."""
-    pytest.importorskip("PIL")
-    titles, frames, drawn = [], [], evaluate.draw_frame
-    monkeypatch.setattr(evaluate, "draw_frame", lambda title, panels: (
-        titles.append(title) or frames.append(panels) or drawn(title, panels)))
-    untrained_run(tmp_path / "run", "Echo-v0")
-    evaluate.main([str(tmp_path / "run"), "--video", str(tmp_path / "a.gif"), "--episodes", "2"])
-    assert "Echo-v0 after 0 steps: score 6.0" in capsys.readouterr().out
-    assert [panels[0][0].shape for panels in frames[:8]] == 8 * [(40, 80, 3)] and len(frames) == 300
-    assert [panels[0][0][0, 0, 0] for panels in frames[:9]] == [0, 1, 2, 3, 4, 5, 6, 0, 1]
-    assert [title.split("score ")[1] for title in titles[:9]] == ["0", "1", "2", "3", "4", "5", "6", "0", "1"]
-    evaluate.main(["--table", str(tmp_path / "run" / "evaluation-step0-seed0-2.json")])
-    assert "Echo-v0 is not of Atari 100k and in no aggregate; random play, measured here: 6.0" in (
-        capsys.readouterr().out)
-    monkeypatch.setattr(evaluate, "evaluation", lambda *args: pytest.fail("played before it was known"))
-    for game, says in (("Undrawn-v0", "no render_mode rgb_array"),
-                       ("Undrawable-v0", "pygame is not installed")):
-        untrained_run(tmp_path / game, game)
-        with pytest.raises(train.UsageError, match=f"no film .*{says}"):
-            evaluate.main([str(tmp_path / game), "--video", str(tmp_path / "b.gif"), "--episodes", "2"])
 
 
 @pytest.fixture(scope="module")
@@ -2664,9 +2586,7 @@ BOTH = EVALUATE, TRAIN = "evaluate.py run --episodes 1", "train.py --resume --lo
     (BOTH, lambda c: c | {"config": c["config"] | {"game": "pong"}}, "size mismatch"),
     (BOTH, lambda c: c | {"config": c["config"] | {"hidden": 32}}, "size mismatch"),
     (BOTH, lambda c: c | {"weights": {}}, "Missing key"),
-    (BOTH, lambda c: {name: c[name] for name in ("config", "weights")}, "KeyError"),
-    ([EVALUATE], lambda c: c | {"curve": "high"}, "ValueError"),
-    ([EVALUATE], lambda c: c | {"seconds": None}, "TypeError"),
+    ([TRAIN], lambda c: {name: c[name] for name in ("config", "weights")}, "KeyError"),
     ([TRAIN], lambda c: c | {"optimisers": [3]}, "AttributeError"),
     ([TRAIN], lambda c: c | {"replay_totals": [2, 1]}, "the checkpoint needs 2"),
     ([TRAIN], lambda c: c | {"env": {}}, "KeyError"),
@@ -2723,351 +2643,236 @@ def test_a_resumed_run_keeps_its_settings(saved_run, refused, tmp_path, flags):
 
 
 @pytest.mark.parametrize("command, says", [
-    ("", "name one directory"), ("run run", "name one directory"), ("--episodes 3", "name one directory"),
+    ("", "name one run"), ("run run", "name one run"), ("run --seed -1", "--seed -1"),
+    ("run --episodes 0", "at least 1"), ("run --device cuda:99", "--device cuda:99"),
     ("nowhere", "nowhere/checkpoint.pt cannot be used: FileNotFoundError"),
-    ("a.json", "a.json/checkpoint.pt cannot be used"),
-    ("empty", "empty/checkpoint.pt cannot be used: FileNotFoundError"),
-    ("empty/checkpoint.pt", "empty/checkpoint.pt cannot be used: FileNotFoundError"),
-    ("run --vidoe film.gif", "unrecognized arguments: --vidoe"), ("run --video film.mp4", "must end in .gif"),
-    ("run --json run/checkpoint.pt", "must end in .json"), ("run --json run.json", "it is a directory"),
-    ("run --video nowhere/a.gif", "nowhere/a.gif cannot be written: FileNotFoundError"),
-    ("run --json nowhere/a.json", "nowhere/a.json cannot be written: FileNotFoundError"),
-    ("run --episodes 0", "at least 1"), ("run --episodes many", "invalid int"),
-    ("run --seed -1", "--seed -1"), ("run --device cuda:99", "--device cuda:99"),
-    ("run --strip a.png", "unrecognized arguments: --strip"),
-    ("--table", "needs result files"), ("--table a.json --video film.gif", "use two commands"),
-    ("--table a.json --episodes 3", "use two commands"),
-    ("--table a.json nowhere.json", "nowhere.json is not a result"), ("--table run", "run is not a result"),
-    ("--table a.json a.json", "are the same run"), ("--table run/checkpoint.pt", "is not a result"),
-])
+    ("run --vidoe a.gif", "unrecognized arguments: --vidoe"), ("run --video a.mp4", "must end in .gif"),
+    ("run --json run/checkpoint.pt", "end in .json"), ("run --video no/a.gif", "no/a.gif cannot be written"),
+    ("--table a.json --json b.json", "are about one run"), ("--table run", "run cannot be read"),
+    ("--table a.json a.json", "are the same run"), ("--table b.jsonl", "b.jsonl:2 is not a result")])
 def test_a_wrong_command_is_one_clear_line(saved_run, refused, tmp_path, command, says):
     """A command that cannot succeed says why, before anything is played."""
-    write_result(tmp_path / "a.json")
-    (tmp_path / "empty").mkdir()
-    (tmp_path / "run.json").mkdir()
+    line = Path(write_result(tmp_path / "a.json")).read_text()
+    (tmp_path / "b.jsonl").write_text(f"{line}\n{line[:-9]}\n")
     (tmp_path / "run").symlink_to(saved_run)
     assert says in refused("evaluate.py", *command.split())
 
 
-@pytest.mark.parametrize("content", [
-    "", "[" * 100_000, "3", "[]", "NaN", "{}", b"\xff\xfe", {"returns": []}, {"returns": [1.0, float("nan")]},
-    {"returns": ["high"]}, {"returns": 3}, {"returns": [[1.0]]}, {"returns": [10 ** 400]}, {"game": None},
-    {"seed": "0"}, {"curve": [[1, 2, 3]]}, {"curve": {}}, {"config": 3}, {"config": {}}, {"config": None},
-    {"trained_by": 3}],
-    ids=lambda content: str(content)[:20])
-def test_a_malformed_result_is_one_clear_line(refused, tmp_path, content):
+def test_a_malformed_result_is_one_clear_line(refused, tmp_path):
     """A file that is no JSON, without finite returns or with missing or wrong entries is refused by name."""
-    path = tmp_path / "a.json"
-    if isinstance(content, dict):
-        write_result(path, **content)
-    else:
-        path.write_bytes(content if isinstance(content, bytes) else content.encode())
-    assert "a.json is not a result" in refused("evaluate.py", "--table", path)
+    for changes in ({"returns": []}, {"returns": [float("nan")]}, {"returns": ["high"]}, {"returns": [[1.0]]},
+                    {"preset": "fast"}, {"curve": [[1, 2, 3]]}, {"config": 3}, "", "[]", "{}"):
+        path = tmp_path / "a.json"
+        path.write_text(changes) if isinstance(changes, str) else write_result(path, **changes)
+        assert "a.json:1 is not a result" in refused("evaluate.py", "--table", path), changes
 
 
 def test_help_names_every_flag_and_valid_examples(capsys):
     """--help of both programs exits 0, knows every setting, and each example that it gives can be parsed."""
-    for program, parse in ((train, train.parse_config), (evaluate, evaluate.parse)):
-        with pytest.raises(SystemExit) as end:
+    for program, parse in (("evaluate.py", evaluate.parse), ("train.py", train.parse_config)):
+        with pytest.raises(SystemExit, match="0"):
             parse(["--help"])
         text = capsys.readouterr().out
-        examples = [re.split(r"   | \| ", line[2:])[0].split() for line in text.splitlines()
-                    if line.startswith("  python ")]
-        assert end.value.code == 0 and len(examples) > 3
-        for _, name, *flags in examples:
-            assert name == Path(program.__file__).name
-            parse(flags)
-        if program is train:
-            assert all(f"--{field.name} " in text for field in dataclasses.fields(train.Config))
-            assert re.search(r"\(paper 16, cpu 8, .*debug 4\)", " ".join(text.split()))
-
-
-def test_matplotlib_and_pillow_are_optional(tmp_path, monkeypatch, capsys, saved_run):
-    """Without them scores and tables work as ever, and a film says in one line what is missing."""
-    for name in ("PIL", "matplotlib", "matplotlib.figure"):
-        monkeypatch.setitem(sys.modules, name, None)
-    with pytest.raises(train.UsageError, match="pip install pillow"):
-        evaluate.main([str(saved_run), "--video", str(tmp_path / "a.gif")])
-    assert evaluate.main(["--table", write_result(tmp_path / "a.json")]) == 0
-
-
-def painting(agent):
-    """The agent with decoders that paint something: untrained ones are all zero."""
-    for level in agent.levels:
-        for parameter in level.world_model.decoder.parameters():
-            torch.nn.init.normal_(parameter, std=0.1)
-    return agent
+        examples = re.findall(rf"^  python {program} (.*?)(?:   | \| |$)", text, re.MULTILINE)
+        assert len(examples) > 3 and all(parse(flags.split()) for flags in examples)
+    assert all(f"--{field.name} " in text for field in dataclasses.fields(train.Config))
 
 
 def test_subgoals_are_decoded_level_by_level():
     """A state of level 2 becomes pixels through level 1 and level 0: of each stacked observation the newest
     of the k states is taken, its z made one-hot, its h brought back from symlog."""
-    torch.manual_seed(0)
-    agent = painting(small(levels=3, observation_shape=(64, 64, 3)))
+    agent = awake(small(levels=3, observation_shape=(64, 64, 3)))
     states = [(onehot(torch.randint(8, (1, 8)), 8), 3 * torch.randn(1, 64)) for _ in range(3)]
     for above, (z, h) in zip(agent.levels[1:], states):  # what each higher decoder is made to say
         newest = torch.cat([0.6 * z.flatten(1) + 0.1, symlog(h)], 1)
-        stacked = torch.cat([torch.randn(1, 3 * newest.shape[1]), newest], 1)
-        above.world_model.decode = lambda z, h, stacked=stacked: stacked
+        above.world_model.decode = lambda z, h, newest=newest: torch.cat(
+            [torch.randn(1, 3 * newest.shape[1]), newest], 1)
     expected = evaluate.image_bytes(agent.levels[0].world_model.decode(*states[0])[0])
-    with torch.no_grad():
-        assert np.array_equal(evaluate.state_image(agent, 2, *states[2]), expected)
-    assert expected.shape == (64, 64, 3) and expected.dtype == np.uint8
+    assert np.array_equal(evaluate.state_image(agent, 2, *states[2]), expected)
     every = torch.arange(256).expand(3, 64, 256).unfold(-1, 64, 64).movedim(2, 0)  # all bytes come back
     assert np.array_equal(evaluate.image_bytes(every / 255), every.movedim(1, -1))
 
 
 def record_film(monkeypatch, agent, env, **arguments):
-    """The panels' images of a film: [[image of each panel] of each step]."""
+    """What a film draws: [(title, [(image, captions) of each panel]) of each step]."""
     frames = []
-    monkeypatch.setattr(evaluate, "draw_frame",
-                        lambda title, panels: frames.append([image for image, _ in panels]))
+    monkeypatch.setattr(evaluate, "draw_frame", lambda title, panels: frames.append((title, panels)))
     monkeypatch.setattr(evaluate, "save_film", lambda path, frames: None)
     with torch.inference_mode():
         evaluate.film(agent, env, "pong", 0, "film.gif", **arguments)
     return frames
 
 
-@slow
-def test_film_shows_subgoals_at_their_own_pace(monkeypatch):
-    """In a film level i's goal changes when level i + 1 acts, every k^(i+1) steps, and stands until then."""
-    torch.manual_seed(0)
-    frames = record_film(monkeypatch, small(3, (64, 64, 3), 6), train.Atari("pong"), steps=40, restart=5)
-    assert {len(panels) for panels in frames} == {5}
-    for panel, pace in ((3, 4), (4, 16)):
-        changes = [t for t in range(1, 40) if frames[t][panel] is not frames[t - 1][panel]]
-        assert changes == list(range(pace, 40, pace))
-
-
 def test_film_draws_each_goal_from_the_state_in_which_it_was_set(monkeypatch):
-    """The picture of level i's goal is decoded from level i's z of that moment and from its goal's place in
-    h-space, by level i's own autoencoder."""
+    """The picture of level i's goal is decoded from level i's z of the moment when level i + 1 chose it, and
+    from the goal's place in h-space, by level i's own autoencoder. It stands for k^(i+1) steps. The novelty
+    under it is the error of level i + 1's autoencoder over its own h."""
     agent, memories, drawn = small(3, (64, 64, 3), 6), [], []
     act = agent.act
     agent.act = lambda *args, **now: memories.append(act(*args, **now)) or memories[-1]
-    monkeypatch.setattr(evaluate, "state_image",
-                        lambda agent, i, z, h: drawn.append((len(memories), i, z, h)))
-    record_film(monkeypatch, agent, train.Atari("pong"), steps=17)
-    for t, (memory, _) in enumerate(memories):
-        *goals, reconstruction, dream = [own for when, *own in drawn if when == t + 1]
-        assert [i for i, _, _ in goals] == [0] * (t % 4 == 0) + [1] * (t % 16 == 0)
-        for i, z, h in goals:
-            held = memory["levels"][i]
-            with torch.inference_mode():
-                g_h = agent.levels[i].autoencoder.decode(held["subgoal"])
-            assert z is held["z"] and torch.equal(h, g_h)
-
-
-def test_film_novelty_is_of_what_came_in_three_ticks(monkeypatch):
-    """With hindsight the novelty of a level is the autoencoder's error of a change beyond what was foreseen,
-    of as many ticks as there are between the states that the film has: k - 1."""
-    agent, asked, seen = small(3, (64, 64, 3), 6, hindsight=0.5), [], []
-    level, act = agent.levels[1], agent.act
-    agent.act = lambda *args, **now: seen.append(act(*args, **now)) or seen[-1]
-    level.origin = lambda start, ticks=None: asked.append((start, ticks)) or start
-    with monkeypatch.context() as patch:
-        patch.setattr(evaluate, "state_image", lambda *_: None)
-        record_film(patch, agent, train.Atari("pong"), steps=21)
-    h = [ticks[1]["state"].h for _, ticks in seen if len(ticks) > 1]  # of ticks 0 ... 5
-    start, ticks = [each for each in asked if each[1] is not None][-1]
-    assert ticks.tolist() == [3] and torch.allclose(start, h[2], atol=1e-5)
+    for i, level in enumerate(agent.levels):
+        level.autoencoder.loss = lambda h, i=i: (None, h.sum() + i)
+    monkeypatch.setattr(evaluate, "state_image", lambda agent, *own: drawn.append(own) or len(drawn))
+    frames = [panels for _, panels in record_film(monkeypatch, agent, train.Atari("pong"), steps=18)]
+    for t, (memory, ticks) in enumerate(memories):
+        assert t % 4 == 0 or frames[t][3:] == frames[t - 1][3:]
+        for i in (0, 1)[:len(ticks) - 1]:
+            (level, z, h), held, done = drawn.pop(0), memory["levels"][i], ticks[i + 1]["state"].h
+            g_h = agent.levels[i].autoencoder.decode(held["subgoal"].clone())
+            assert level == i and z is held["z"] and torch.equal(h, g_h)
+            assert f"novelty {done.sum() + i + 1:.3f}" in frames[t][3 + i][1][1]
+        level, z, h = drawn.pop(0)
+        assert level == 0 and z is ticks[0]["state"].z and h is ticks[0]["state"].h  # the reconstruction
+        drawn.pop(0)  # the dream
 
 
 @slow
 def test_film_dream_starts_from_the_truth_and_then_sees_nothing(monkeypatch):
     """The dream of the film equals the reconstruction where it restarts, and whatever the game shows
-    afterwards leaves it unchanged; the actions do change it."""
+    afterwards leaves it unchanged; an action does change it, from the next step on."""
     class Garbled(train.Atari):
         def step(self, action):
             return 255 - super().step(action)[0], 0.0, False, False, {}
 
-    def filmed(env, restart=100, actions=None):
+    def filmed(game=train.Atari, restart=100, actions=12 * [0]):
         torch.manual_seed(0)
-        agent = painting(small(1, (64, 64, 3), 6))
-        torch.manual_seed(1)  # an untrained actor is uniform: the same random numbers give the same actions
-        if actions is not None:
-            agent.levels[0].policy = lambda state, goal: torch.rand(state.h.shape[:-1] + (1,)) * 0 + actions
-        return record_film(monkeypatch, agent, env, steps=12, restart=restart)
+        agent = small(1, (64, 64, 3), 6)
+        awake(agent.levels[0].world_model.decoder)
+        left = iter(actions)
+        agent.levels[0].policy = lambda state, goal: torch.eye(6)[[next(left)]]
+        frames = record_film(monkeypatch, agent, game("pong"), steps=12, restart=restart)
+        return np.array([[image for image, _ in panels[1:]] for _, panels in frames]).swapaxes(0, 1)
 
-    truth, garbled = filmed(train.Atari("pong")), filmed(Garbled("pong"))
-    assert np.array_equal(truth[0][1], truth[0][2])
-    assert not np.array_equal(truth[11][1], garbled[11][1])
-    for t in range(12):
-        assert np.array_equal(truth[t][2], garbled[t][2])
-    left, right = (filmed(train.Atari("pong"), actions=torch.eye(6)[a]) for a in (2, 3))
-    assert not np.array_equal(left[11][2], right[11][2])
-    always = filmed(train.Atari("pong"), restart=0)
-    assert all(np.array_equal(panels[1], panels[2]) for panels in always)
+    (seen, dream), (garbled, same) = filmed(), filmed(Garbled)
+    assert (seen[0] == dream[0]).all() and (seen[11] != garbled[11]).any() and (dream == same).all()
+    other = filmed(actions=10 * [0] + [3, 3])[1]
+    assert (dream[:11] == other[:11]).all() and (dream[11] != other[11]).any()
+    assert np.equal(*filmed(restart=0)).all()
 
 
-@slow
-def test_film_file(tmp_path, capsys):
-    """--video writes a GIF of captioned panels, three for a flat agent and two more for three levels, and
-    less than its limit of bytes even of pure noise."""
-    Image = pytest.importorskip("PIL.Image")
-    pytest.importorskip("matplotlib")
-    for levels, panels in ((1, 3), (3, 5)):
-        path = tmp_path / f"{levels}.gif"
-        with torch.inference_mode():
-            evaluate.film(small(levels, (64, 64, 3), 6), train.Atari("pong"), "pong", 0, path, steps=6)
-        with Image.open(path) as film:
-            assert film.n_frames == 6 and film.width == 10 + panels * 202 and film.height >= 192
-    rng = np.random.default_rng(0)
-    noise = [Image.fromarray(rng.integers(0, 256, (64, 64, 3), np.uint8)) for _ in range(30)]
-    evaluate.save_film(path, noise, limit=60_000)
-    assert 10_000 < path.stat().st_size < 60_000 and "of 30 steps" in capsys.readouterr().err.splitlines()[-1]
+def test_every_game_can_be_filmed_or_one_line_says_why_not(saved_run, tmp_path, monkeypatch):
+    """--video writes a GIF of captioned panels. Where observations are numbers, a film has the environment's
+    own frames, with the score of the episode. Where there are none, or no pillow, this is said before
+    anything is played."""
+    Image, drawn, game = pytest.importorskip("PIL.Image"), itertools.count(), "CartPole-v1"
+    monkeypatch.setattr(evaluate.film, "__defaults__", (6, 45))  # steps, restart
+    evaluate.main([str(saved_run), "--video", str(tmp_path / "a.gif")])
+    with Image.open(tmp_path / "a.gif") as film:
+        assert film.n_frames == 6 and film.size == (10 + 4 * 202, 264)
+    cart = type(gymnasium.make(game).unwrapped)
+    with monkeypatch.context() as patch:
+        patch.setattr(cart, "render", lambda self: (
+            np.full((40, 80, 3), next(drawn), np.uint8) if self.render_mode == "rgb_array" else None))
+        env, agent = evaluate.film_env(game), small(1, actions=2)
+        agent.levels[0].policy = lambda state, goal: torch.eye(2)[[1]]  # to the right: soon the pole falls
+        frames = record_film(patch, agent, env, steps=20)
+    assert all((panels[0][0] == t + 1).all() for t, (_, panels) in enumerate(frames))
+    assert env.unwrapped.state[1] > 0  # the cart's speed
+    scores = [int(title.split("score")[1]) for title, _ in frames]
+    assert 0 in scores[8:12] and all(after in (0, before + 1) for before, after in zip(scores, scores[1:]))
+    monkeypatch.setattr(cart, "render", lambda self: None)
+    with pytest.raises(train.UsageError, match="no film of CartPole-v1 .*NoneType"):
+        evaluate.film_env(game)
+    monkeypatch.setattr(evaluate, "evaluation", lambda *args: pytest.fail("played before it was known"))
+    monkeypatch.setitem(sys.modules, "PIL", None)
+    with pytest.raises(train.UsageError, match="no film of breakout .*pillow"):
+        evaluate.main([str(saved_run), "--video", str(tmp_path / "a.gif"), "--episodes", "2"])
 
 
-@pytest.mark.parametrize("method, mean, median", [
-    ("SimPLe", 0.332, 0.134), ("TWM", 0.956, 0.505), ("IRIS", 1.046, 0.289), ("STORM", 1.266, 0.580),
-    ("DIAMOND", 1.459, 0.373), ("BBF", 2.247, 0.917)])
-def test_aggregates_agree_with_published_ones(method, mean, median):
-    """Fed with the published scores of the 26 games, mean and median come out as published."""
-    scores = evaluate.human_normalised(evaluate.read_published()[method])
-    assert scores.keys() == train.REFERENCE.keys()
-    assert np.allclose(evaluate.aggregate(list(scores.values()))[:2], (mean, median), atol=6e-4)
-
-
-def test_aggregates_by_hand():
+def test_aggregates_and_intervals():
     """Mean and median are those of the games' means, the interquartile mean leaves out a quarter of all runs
-    at each end, the optimality gap counts what is missing to 1; all games weigh the same, however many runs
-    they have."""
-    scores = [np.array([0.0, 0.2, 0.4, 0.6]), np.array([0.8, 1.0, 1.4, 5.0])]
-    expected = [(0.3 + 2.05) / 2, (0.3 + 2.05) / 2,
-                (0.4 + 0.6 + 0.8 + 1.0) / 4, (1.0 + 0.8 + 0.6 + 0.4 + 0.2) / 8]
-    assert np.allclose(evaluate.aggregate(scores), expected)
-    assert np.allclose(evaluate.aggregate([scores[0], np.tile(scores[1], 3)]), expected)
-    three = [np.array([0.1]), np.array([0.2]), np.array([3.0])]
-    assert np.allclose(evaluate.aggregate(three), (1.1, 0.2, 1.1, 1.7 / 3))  # a quarter of three runs is none
-
-
-def test_bootstrap_is_stratified():
-    """Intervals come from redrawing runs within each game: games whose runs agree give none, however much the
-    games differ; for many runs of one game the mean's interval is the textbook's +-1.96 standard errors."""
-    same = [np.full(3, value) for value in (0.1, 0.5, 2.0)]
-    assert np.allclose(evaluate.bootstrap(same, 200), evaluate.aggregate(same))
+    at each end; all games weigh the same, however many runs they have. Published scores give the published
+    mean and median. For many runs of one game the interval of the mean is +-1.96 standard errors."""
+    few, many = np.array([0.0, 0.2, 0.4, 0.6]), np.tile([0.8, 1.0, 1.4, 5.0], 3)
+    assert np.allclose(evaluate.aggregate([few, many]), (2.35 / 2, 2.35 / 2, 2.8 / 4))
+    assert np.allclose(evaluate.aggregate([[0.1], [0.2], [3.0]]), (1.1, 0.2, 1.1))  # a quarter of 3 is none
+    for method, mean, median in (("SimPLe", 0.332, 0.134), ("SPR", 0.616, 0.396), ("TWM", 0.956, 0.505),
+                                 ("IRIS", 1.046, 0.289), ("STORM", 1.266, 0.580), ("BBF", 2.247, 0.917)):
+        scores = evaluate.human_normalised(evaluate.read_published()[method])
+        assert scores.keys() == train.REFERENCE.keys()
+        assert np.allclose(evaluate.aggregate(list(scores.values()))[:2], (mean, median), atol=6e-4)
     runs = np.random.default_rng(1).normal(size=400)
-    low, high = evaluate.bootstrap([runs], 1000)[:, 0]
-    assert np.allclose((low, high), runs.mean() + np.array([-1.96, 1.96]) * runs.std() / 20, atol=0.015)
+    ends = runs.mean() + np.array([-1.96, 1.96]) * runs.std() / 20
+    assert np.allclose(evaluate.bootstrap([runs], 1000)[:, 0], ends, atol=0.015)
 
 
-def test_table_says_what_it_knows(tmp_path, capsys):
-    """The table marks published figures, aggregates over the games that are there and says so, gives no
-    interval to single runs, and keeps games without a human score out. As JSON it says the same."""
-    files = [write_result(tmp_path / "a.json"), write_result(tmp_path / "b.json", {"levels": 1}),
-             write_result(tmp_path / "c.json", {"game": "frostbite"}, returns=[2000], commit="def5678",
-                          trained_by=None),
-             write_result(tmp_path / "d.json", {"game": "tennis"})]
-    evaluate.main(["--table", *files])
-    flat, full = capsys.readouterr().out.split("### ")[1:]
-    assert flat.startswith("preset paper, levels 1, 100,000 agent steps\n") and "frostbite" not in flat
-    assert "Commits: abc1234.\n" in flat and "Commits: abc1234, def5678.\n" in full
-    assert "over 2 of the 26 games; intervals need several runs" in full and "95%" not in full
-    assert "tennis is not of Atari 100k and in no aggregate" in full and " 2901.0 |" in full
-    assert all(name + "*" in full for name in ("random", "human", *evaluate.read_published()))
-    assert f"{(2 + 20.7) / (14.6 + 20.7):.3f}" in full
-    evaluate.main(["--table", *files, write_result(tmp_path / "e.json", {"seed": 1}, returns=[8]),
-                   "--json", "-"])
-    flat, full = json.loads(capsys.readouterr().out)
-    assert full["games"]["pong"]["scores"] == [2.0, 8.0] and full["commits"] == ["abc1234", "def5678"]
-    assert flat["games"]["pong"]["scores"] == [2.0] and flat["interval"] is None
-    expected = ((5 + 20.7) / 35.3 + (2000 - 65.2) / (4334.7 - 65.2)) / 2
-    assert np.isclose(full["aggregates"]["here"]["mean"], expected)
-    low, high = full["interval"]["mean"]
-    assert low < expected < high
-    assert np.isclose(full["aggregates"]["IRIS*"]["mean"], (1 + (259.12 - 65.2) / (4334.7 - 65.2)) / 2)
-    assert "Hieros*" not in full["aggregates"]  # of Pong its score is not known
+def test_table_says_what_it_knows(tmp_path, monkeypatch, capsys):
+    """A row a game: each seed's score with the error of its own episodes, published scores beside it. Then
+    aggregates over the games that are there, for whoever knows all of these, with an interval where a game
+    has several runs, redrawn within that game. A .jsonl file has a run a line, in any order."""
+    def rows(text):  # {first cell: the others}
+        lines = [re.split(r" *\| *", line)[1:-1] for line in text.splitlines() if "|" in line]
+        return {first: others for first, *others in lines}
 
-
-def test_errors_of_episodes_and_spread_of_seeds_are_two_columns(tmp_path, capsys):
-    """The standard deviation of the runs' scores and the standard error of one run's score over its episodes,
-    mean over runs, stand in columns of their own; neither is made up where one number is all there is."""
-    def columns(*files):
-        evaluate.main(["--table", *files])
-        lines = [line.split("|") for line in capsys.readouterr().out.splitlines() if "|" in line]
-        cells = dict(zip(map(str.strip, lines[0]), map(str.strip, lines[2])))
-        return cells["runs"], cells["score"], cells["seeds' s.d."], cells["episodes' s.e."]
-
-    returns = [[0.0, 8.0], [10.0, 20.0]]  # means 4 and 15; deviations 32 ** 0.5, 50 ** 0.5 of two episodes
-    files = [write_result(tmp_path / f"{i}.json", {"seed": i}, returns=r) for i, r in enumerate(returns)]
-    assert columns(*files) == ("2", "9.5", f"{11 / 2 ** 0.5:.1f}", "4.5")
-    assert columns(files[0]) == ("1", "4.0", "-", "4.0")
-    assert columns(write_result(tmp_path / "2.json", returns=[7.0])) == ("1", "7.0", "-", "-")
+    path = tmp_path / "a.json"
+    lines = [Path(write_result(path, given, **changes)).read_text() for given, changes in (
+        ({"seed": 1}, {"returns": [0, 16]}), ({}, {"commit": "def5678"}),
+        ({"game": "frostbite", "seed": 1}, {"returns": [2000]}),
+        ({"game": "tennis"}, {"random_measured": {"mean": 6}}))]
+    (tmp_path / "b.jsonl").write_text("\n".join(lines))
+    write_result(path, {"levels": 1}, returns=[7])
+    evaluate.main(["--table", str(tmp_path / "b.jsonl"), str(path)])
+    flat, text = capsys.readouterr().out.split("### ")[1:]
+    assert flat.startswith("preset paper, levels 1, agent_steps 100000\n\nCommits: abc1234.")
+    assert rows(flat)["pong"][:3] == ["7.0 ± -", "7.0", "0.785"] and "95%" not in flat
+    assert "Commits: abc1234, def5678." in text and "over 2 of the 26 games" in text and "shows: 1." in text
+    assert "Not of Atari 100k, in no aggregate, random play measured here: tennis." in text
+    full, names = rows(text), ("random", "human", "SimPLe", "DER", "CURL", "DrQ(eps)", "SPR")
+    assert full["game"] == ["seed 0", "seed 1", "mean", "normalised", *(name + "*" for name in names)]
+    assert full["pong"] == "2.0 ± 1.0,8.0 ± 8.0,5.0,0.728,-20.7,14.6,12.8,-19.3,-18.5,-9.1,-5.4".split(",")
+    assert full["frostbite"][:2] == ["-", "2000.0 ± -"] and full["tennis"][3:6] == ["-", "6.0", "-"]
+    assert "Hieros*" not in full  # whose score in Pong is not known
+    low, mean, high = ((np.array([2, 5, 8]) + 20.7) / 35.3 + (2000 - 65.2) / 4269.5) / 2
+    assert full["here"][0] == f"{mean:.3f}" and full["95% interval"][0] == f"{low:.3f} to {high:.3f}"
+    assert full["IRIS*"][0] == f"{(1 + (259.12 - 65.2) / 4269.5) / 2:.3f}"
+    monkeypatch.setattr(evaluate, "__file__", str(tmp_path / "evaluate.py"))  # without results/
+    assert evaluate.main(["--table", str(path)]) == 0 and "SPR" not in capsys.readouterr().out
 
 
 def test_only_seeds_are_averaged(tmp_path):
     """Two runs share a group if nothing that touches learning differs but the seed: every other setting keeps
-    them apart, and its value is in the title, where it is not the preset's; so do agent steps, the code that
-    was changed, and what a file says of such changes."""
-    first, second = tmp_path / "a.json", tmp_path / "b.json"
-    write_result(first)
-    same = {"seed": 1, "logdir": "runs/b", "log_every": 7, "save_every": 7, "eval_episodes": 7, "steps": 7}
-    assert groups(first, write_result(second, same)) == ["preset paper, levels 3, 100,000 agent steps"]
+    them apart, also one that a file lacks or that is gone, and its value is in the title, where it is not the
+    preset's. So do agent steps, code that was changed, and a file's own word on it. Of the runs in
+    results/atari100k.jsonl only the levels differ, and all else is as the preset `cpu` is now."""
+    def titles(given={}, first={}, **changes):
+        return [*evaluate.load_results([write_result(tmp_path / "a.json", **first),
+                                        write_result(tmp_path / "b.json", {"seed": 1} | given, **changes)])]
+
+    same = dict.fromkeys(("log_every", "save_every", "eval_episodes", "steps"), 7) | {"logdir": "runs/b"}
+    assert titles(same) == ["preset paper, levels 3, agent_steps 100000"]
     for field in dataclasses.fields(train.Config):
-        if field.name in same or field.name in ("game", "device", "precision"):
-            continue
-        usual = getattr(train.Config(), field.name)
-        value = "cpu" if field.name == "preset" else usual + 1 if field.type in (int, float) else not usual
-        titles = groups(first, write_result(second, {field.name: value, "seed": 1}))
-        assert len(titles) == 2 and any(f"{field.name} {value}" in title for title in titles), titles
-    for changes in ({"dirty": True}, {"trained_by": ["abc1234", "def5678+"]}, {"agent_steps": 50_000},
-                    {"change": "the goal is hidden"}):
-        assert len(groups(first, write_result(second, {"seed": 1}, **changes))) == 2, changes
-    changed = [write_result(tmp_path / f"{commit}.json", {"seed": i}, dirty=True, trained_by=[commit])
-               for i, commit in enumerate(("abc1234", "def5678"))]
-    assert len(groups(*changed)) == 2  # how, nobody knows
+        if field.name not in same.keys() | {"game", "device", "seed"}:
+            value = {"preset": "cpu", "precision": "bf16"}.get(field.name) or field.default + 1
+            assert any(f"{field.name} {value}" in title for title in titles({field.name: value})), field.name
+    config = {name: value for name, value in dataclasses.asdict(train.Config()).items() if name != "tau"}
+    for changes in ({"trained_by": ["abc1234", "def5678+"]}, {"agent_steps": 50_000}, {"change": "no goals"},
+                    {"dirty": True}, {"given": {"gone": 1}}, {"config": config},
+                    {"first": {"dirty": True}, "dirty": True, "commit": "def5678"}):
+        assert len(titles(**changes)) == 2, changes
+    kept = evaluate.load_results([HERE / "results" / "atari100k.jsonl"])
+    assert [*kept] == [f"preset cpu, levels {levels}, agent_steps 100000" for levels in (1, 3)]
 
 
-def test_settings_that_a_file_lacks_keep_it_apart_unless_they_were_neutral(tmp_path):
-    """A setting that came after a run is unknown, which is not the same as any value; one that was removed
-    since does not separate at the value at which it did nothing, and does at any other. On a CPU tf32 is
-    float32."""
-    first, second = tmp_path / "a.json", tmp_path / "b.json"
-    write_result(first)
-
-    def together(second_config, **changes):
-        write_result(second, second_config | {"seed": 1}, **changes)
-        return len(groups(first, second)) == 1
-
-    old = {"observation_variance": 0.0, "sequence": "s5", "compile": False, "precision": "float32"}
-    assert together(old) and together({})
-    for name, value in (("observation_variance", 60.0), ("sequence", "gru"), ("compile", True),
-                        ("precision", "bf16"), ("made_up", 1)):
-        assert not together(old | {name: value})
-    write_result(second, {"seed": 1})
-    content = json.loads(second.read_text())
-    del content["config"]["tau"]
-    second.write_text(json.dumps(content))
-    assert groups(first, second)[1].endswith("100,000 agent steps, tau unknown")
-    gpu = [write_result(tmp_path / f"{name}.json", {"device": "cuda", "precision": name, "seed": seed})
-           for seed, name in enumerate(("tf32", "float32"))]
-    assert len(groups(*gpu)) == 2
-
-
-def test_kept_results_have_certain_origins():
-    """Each result in results/cpu holds its commit and all of its settings, and runs that were trained by
-    unlike code or settings are in different groups, as of Boxing with other scales of the pixels, and of
-    Kung-Fu Master with the goal hidden."""
-    files = [path for path in (HERE / "results" / "cpu").glob("*.json") if "subgoals" not in path.name]
-    found = evaluate.load_results(files)
-    assert len(files) >= 41 and not any("unknown" in group for group in found)
-    group_of = {path.stem: group for group, games in found.items() for runs in games.values()
-                for path in (run["path"] for run in runs)}
-    boxing = {group_of[f"boxing-levels3-{name}"]
-              for name in ("seed1", "deviation-febc4ec", "deviation-14b22b9")}
-    assert len(boxing) == 3 and group_of["boxing-levels3-seed0"] == group_of["boxing-levels3-seed1"]
-    hidden = {group_of[f"kung_fu_master-levels3-{name}"]
-              for name in ("nogoal-seed1", "hidden1", "seed1-25000")}
-    assert len(hidden) == 3 and group_of["krull-levels1-seed0"] != group_of["krull-levels1-gru"]
-    assert group_of["crazy_climber-levels3-seed0"] != group_of["crazy_climber-levels3-seed0-93ce823"]
-
-
-def test_the_same_run_twice_is_refused(tmp_path):
-    """A run given twice would count twice: the message has both file names. Another seed is another run."""
-    a, b = write_result(tmp_path / "a.json"), write_result(tmp_path / "b.json", returns=[0])
-    with pytest.raises(train.UsageError, match="b.json and .*a.json are the same run: pong, seed 0"):
-        evaluate.main(["--table", a, b])
-    assert evaluate.main(["--table", a, write_result(tmp_path / "b.json", {"seed": 1})]) == 0
+def test_two_groups_are_compared_by_pairs(tmp_path):
+    """results/paired.py: runs of one game and seed are paired, and each game counts once, whatever its number
+    of runs; groups that differ in two settings, or share no run, are left alone."""
+    paired = script("paired")
+    assert [paired.sign_test(*n) for n in ((5, 0), (0, 5), (3, 3), (0, 0))] == [1 / 16, 1 / 16, 1, 1]
+    runs = [("alien", 7, 7), ("boxing", 3, 5), ("hero", 1), ("krull", 1e3, 0), ("pong", 9, 0), ("pong", 5, 0)]
+    flat, full = evaluate.load_results([
+        write_result(tmp_path / f"{seed}-{levels}.json", {"game": game, "seed": seed, "levels": levels},
+                     returns=[score], hours=levels / 2)
+        for seed, (game, *pair) in enumerate(runs) for levels, score in zip((3, 1), pair)]).values()
+    title, signs, human, spr, hours = paired.compare(full, flat)
+    assert title == "levels 3 against levels 1: 4 games, 5 pairs of runs"
+    assert signs == "ahead in 2 games, behind in 1; two-sided sign test p = 1.000"
+    assert hours.endswith("1.50 against 0.50")
+    for line, units in ((human, [6899.9, 12, 1067.5, 35.3]), (spr, [614.09, 35.6, 2083.61, 15.29])):
+        difference = np.array([0, -2, 1000, 7]) / units
+        assert f" {difference.mean():+.3f} ± {difference.std(ddof=1) / 2:.3f} " in line, line
+    two = {"levels": 1, "tau": 0.0, "seed": 4}  # the first of Pong
+    other, = evaluate.load_results([write_result(tmp_path / "a.json", two)]).values()
+    assert not paired.compare(full, other) and not paired.compare(full, {"qbert": flat["pong"]})
 
 
 # The scripts of results/, one cheap test each.
@@ -3397,8 +3202,11 @@ def test_one_part_of_hindsight_is_left_out(part, monkeypatch):
 
 
 def test_every_script_of_results_says_how_it_is_run():
-    """Its docstring has its command, and it is short."""
+    """Its docstring has its command, and the modules have what it imports from them."""
     for path in (HERE / "results").glob("*.py"):
-        text = path.read_text()
-        assert f"python results/{path.name}" in text.split('"""')[1], path.name
-        assert text.count("\n") <= 90, path.name
+        tree = ast.parse(path.read_text("utf-8"))
+        assert f"python results/{path.name}" in ast.get_docstring(tree), path.name
+        for node in ast.walk(tree):
+            if isinstance(node, ast.ImportFrom) and (HERE / f"{node.module}.py").exists():
+                module = importlib.import_module(node.module)
+                assert not [each.name for each in node.names if not hasattr(module, each.name)], path.name
