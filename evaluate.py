@@ -50,6 +50,9 @@ def load_run(directory, device):
         checkpoint = load_checkpoint(path, "cpu")
         config = make_config(checkpoint["config"] | {"device": device, "logdir": str(directory)})
         agent = make_agent(config, make_env(config.game))
+        if "optimisers" not in checkpoint:  # exported (results/export.py): it plays, and learns no more
+            for level in agent.levels:
+                del level.critics, level.slow_critics, level.normaliser
         agent.load_state_dict(checkpoint["weights"])
         return config, agent, history(checkpoint)
 
