@@ -1,8 +1,8 @@
 """A trained agent small enough to give away: `python results/export.py RUN FOLDER`.
 
 FOLDER/checkpoint.pt holds what playing and a film need: the weights in float16, the settings, the curve.
-Critics, return normalisers, optimisers, replay and random numbers stay behind. So the agent learns no more: it
-is for evaluate.py and results/play.py. RUN/evaluation.json, its score, is copied beside it.
+Critics, return normalisers, optimisers, replay and random numbers stay behind. So the agent learns no more;
+evaluate.py and results/play.py take it like a run. Its score, RUN/evaluation.json, is copied beside it.
 """
 import dataclasses
 import shutil
@@ -31,9 +31,10 @@ def main(directory, folder):
     halved = dict(agent.named_parameters())
     weights = {name: value.half() if name in halved else value for name, value in agent.state_dict().items()
                if name.split(".")[2] not in LEFT}
+    known = {name: past[name] for name in ("step", "seconds", "curve", "commits")}
     folder.mkdir(parents=True, exist_ok=True)
     with replacing(folder / "checkpoint.pt") as file:
-        torch.save({"config": dataclasses.asdict(config), "weights": weights} | past, file)
+        torch.save({"config": dataclasses.asdict(config), "weights": weights} | known, file)
     shutil.copyfile(score, folder / score.name)
     size = (folder / "checkpoint.pt").stat().st_size
     print(f"{folder}: {config.game} after {past['step']} steps, {size / 1e6:.1f} MB")

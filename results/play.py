@@ -80,15 +80,15 @@ def main(directory):
     config, agent, _ = load_run(directory, "auto")
     if config.game not in atari_games():
         raise UsageError(f"{config.game}: keys are known for Atari's games only")
-    mind, clock, window, pressed = Mind(agent, make_env(config.game)), pygame.time.Clock(), None, set()
+    mind, clock, window, held = Mind(agent, make_env(config.game)), pygame.time.Clock(), None, set()
     while True:
-        released = set()
+        tapped = set()  # in this step, and perhaps released again
         for event in pygame.event.get():
             key = pygame.key.name(event.key) if event.type in (pygame.KEYDOWN, pygame.KEYUP) else ""
             if event.type == pygame.QUIT or key == "escape":
                 return
             if event.type == pygame.KEYUP:
-                released.add(key)  # only after this step, so that a short press counts, too
+                held.discard(key)
             elif key in ("tab", "return") or key == "space" and not mind.fire:
                 mind.dream = [] if mind.dream else [mind.state]
             elif key == "r":
@@ -96,9 +96,9 @@ def main(directory):
             elif key == "a":
                 mind.agent_plays = not mind.agent_plays
             else:
-                pressed.add(key)
-        mind.step(pressed)
-        pressed -= released
+                held.add(key)
+                tapped.add(key)
+        mind.step(held | tapped)
         frame = mind.draw()
         window = window or pygame.display.set_mode(frame.size)
         window.blit(pygame.image.frombuffer(frame.tobytes(), frame.size, "RGB"), (0, 0))
