@@ -3437,68 +3437,58 @@ def test_bars_stand_beside_published_ones(tmp_path):
     assert ends[:3] == [0, 2, 0] and not any(ends[3:])
 
 
+@slow
 def test_curves_of_runs_and_of_games(tmp_path):
     """results/curves.py: of a run in progress every whole line of its log, a line a level; of many runs a
     panel a game, a colour a number of levels, a human score in digits where its line would flatten all."""
     Figure, curves = pytest.importorskip("matplotlib.figure").Figure, script("curves")
-    rows = [{"step": 1, "level": i, "train/kl": 5.0 + i} for i in range(3)] + [
-        {"step": i, "episode/score": float(i)} for i in range(1, 30)]
+    rows = [{"step": i, "level": i % 3, "train/kl": float(i), "episode/score": float(i)} for i in range(6)]
     (tmp_path / "metrics.jsonl").write_text("\n".join(map(json.dumps, rows)) + '\n{"step": 30, "ep')
-    curves.main([str(tmp_path), "-o", str(tmp_path / "runs.png")])
-    labels = curves.draw_runs(figure := Figure(), {"a": rows, "b": rows[:3]})
+    curves.main([str(tmp_path), "-o", str(tmp_path / "curves.png")])
+    assert 5000 < (tmp_path / "curves.png").stat().st_size < 250_000
+    labels = curves.draw_runs(figure := Figure(), {"a": rows, "b": rows[:1]})
+    assert list(labels) == ["a", "level 1", "level 2", "b"]
     lines = {axis.get_title(): [line.get_ydata().tolist() for line in axis.lines] for axis in figure.axes}
-    assert sorted(labels) == ["a", "b", "level 1", "level 2"]
-    assert lines["train/kl"] == 2 * [[5], [6], [7]] and lines["episode/score"][0][-1] == 24.5  # of 20 ... 29
-
-    runs = [{"game": game, "levels": levels, "preset": "cpu", "agent_steps": 9000, "mean": 3.0, "curve":
-             [[1000 * i, i] for i in range(9)], "random": human and 0.0, "human": human}
-            for game, human in (("pong", 6.0), ("qbert", 900.0), ("own", None)) for levels in (1, 3)]
-    (tmp_path / "runs.jsonl").write_text("\n".join(map(json.dumps, runs)))
-    curves.main([str(tmp_path / "runs.jsonl"), "-o", str(tmp_path / "games.png")])
+    assert lines["train/kl"] == [[0, 3], [1, 4], [2, 5], [0]] and lines["episode/score"][0] == [0, 1.5]
+    runs = [{"game": game, "levels": levels, "preset": "cpu", "agent_steps": 9000, "mean": 3.0,
+             "curve": [[1000 * i, i] for i in range(9)], "random": human and 0.0, "human": human}
+            for game, human in (("own", None), ("pong", 6.0), ("qbert", 900.0)) for levels in (1, 3)]
     curves.draw_games(figure := Figure(), runs)
-    axes = {axis.get_title(): axis for axis in figure.axes}
-    assert {title: (len(axis.lines), [text.get_text() for text in axis.texts]) for title, axis in axes.items()
-            } == {"own": (4, []), "pong": (6, []), "qbert": (5, ["human 900"])}
-    colours = [line.get_color() for line in axes["pong"].lines]
+    assert [len(axis.lines) for axis in figure.axes] == [4, 6, 5]
+    assert figure.axes[2].texts[0].get_text() == "human 900" and not figure.axes[1].texts
+    colours = [line.get_color() for line in figure.axes[1].lines]
     assert colours[0] == colours[1] != colours[2] == colours[3]
-    for name in ("runs", "games"):
-        assert 5000 < (tmp_path / f"{name}.png").stat().st_size < 250_000
 
 
 def test_an_exported_agent_is_small_and_plays_as_before(tmp_path):
-    """results/export.py: what is needed to play, in half the bytes, without what only learning needs; numbers
-    that float16 cannot hold stay; the score is beside it. An unfinished run is one clear line."""
-    run, export = untrained_run(tmp_path / "run", "boxing"), script("export")
+    """results/export.py: an unfinished run is one clear line; else what playing needs, in half the bytes, and
+    the score. Numbers too large for float16 stay."""
+    run, export, small = untrained_run(tmp_path / "run", "boxing"), script("export"), tmp_path / "small"
     with pytest.raises(train.UsageError, match="evaluation.json is missing"):
-        export.main(tmp_path / "run", tmp_path / "small")
+        export.main(tmp_path / "run", small)
     (tmp_path / "run" / "evaluation.json").write_text("{}")
     awake(run.agent).levels[0].world_model.mean += 1e6
     run.save()
-    export.main(tmp_path / "run", tmp_path / "small")
-    config, agent, past = evaluate.load_run(tmp_path / "small", "cpu")
-    assert config == dataclasses.replace(run.config, logdir=str(tmp_path / "small")) and past["step"] == 0
-    assert {path.name for path in (tmp_path / "small").iterdir()} == {"checkpoint.pt", "evaluation.json"}
-    before, after = run.agent.state_dict(), agent.state_dict()
-    left = {name.split(".")[2] for name in before.keys() - after.keys()}
-    assert left == {"critics", "slow_critics", "normaliser"} and after.keys() < before.keys()
-    halved = dict(agent.named_parameters())
-    for name, value in after.items():
-        kept = before[name].half().float() if name in halved else before[name]
-        assert value.dtype == torch.float32 and torch.equal(value, kept), name
-    size = sum(2 * p.numel() for p in halved.values()) + sum(4 * b.numel() for b in agent.buffers())
-    assert (tmp_path / "small" / "checkpoint.pt").stat().st_size < size + 100_000
-    *_, (_, _, ticks) = evaluate.rollout(agent, train.make_env("boxing"), 5, seed=0)
-    assert torch.isfinite(ticks[0]["state"].h).all()
+    export.main(tmp_path / "run", small)
+    _, agent, past = evaluate.load_run(small, "cpu")
+    assert past["step"] == 0 and sorted(os.listdir(small)) == ["checkpoint.pt", "evaluation.json"]
+    before, halved = run.agent.state_dict(), {name: p.half() for name, p in agent.named_parameters()}
+    for name, value in agent.state_dict().items():
+        assert torch.equal(value, before.pop(name).half().float() if name in halved else before.pop(name))
+    assert {name.split(".")[2] for name in before} == {"critics", "slow_critics", "normaliser"}
+    size = sum(p.nbytes for p in halved.values()) + sum(b.nbytes for b in agent.buffers())
+    assert (small / "checkpoint.pt").stat().st_size < size + 100_000
+    assert len(list(evaluate.rollout(agent, train.make_env("boxing"), 5, seed=0))) == 5
 
 
 def test_keys_play_the_game_or_the_dream(tmp_path, monkeypatch):
     """results/play.py on no screen: awake, keys play the game and the model is told what was done; with
-    closed eyes they reach the dream alone, while the game waits, to go on where it was. R dreams the same
-    dream again, A lets the agent play. A press counts for a step at least, and ends with its release."""
+    closed eyes they reach the dream alone, and the game waits. R dreams the same again, A lets the agent
+    play. A press counts for a step at least, and ends with its release; game and dream end where they end."""
     pygame, _ = (pytest.importorskip(name) for name in ("pygame", "PIL"))
     monkeypatch.setenv("SDL_VIDEODRIVER", "dummy")
     untrained_run(tmp_path, "pong", levels=3)
-    play, done, seen = script("play"), [], []
+    play, done, seen, begun = script("play"), [], [], []
 
     def noted(where, name, action):
         """Note the number of the action that it gets, where it is one of the game."""
@@ -3508,16 +3498,19 @@ def test_keys_play_the_game_or_the_dream(tmp_path, monkeypatch):
 
     noted(train.Atari, "step", lambda action: action)
     noted(WorldModel, "observe_step", lambda x, z, a, *_: int(a.argmax()) if a.shape == (1, 6) else None)
-    noted(WorldModel, "imagine_step", lambda state, a, _: int(a.argmax()))
+    noted(WorldModel, "imagine_step", lambda state, a, _: begun.append(state) or int(a.argmax()))
+    policy, draw = Level.policy, play.Mind.draw
+    noop, go_right, fire_right, fire_left = 0, 2, 4, 5
+    monkeypatch.setattr(Level, "policy", lambda level, *args: (
+        onehot(torch.tensor([fire_left]), 6) if level.action_shape == (1, 6) else policy(level, *args)))
     down, up, right, space = pygame.KEYDOWN, pygame.KEYUP, pygame.K_RIGHT, pygame.K_SPACE
     keys = iter([  # pressed after each picture
         [(down, right), (down, space)], [], [(up, space)], [(up, right), (down, pygame.K_TAB)],
         [(down, right), (up, right)], [(down, pygame.K_a)], [(down, pygame.K_a), (down, pygame.K_r)],
         [(down, pygame.K_RETURN)], [(pygame.QUIT, 0)]])
-    draw = play.Mind.draw
 
     def drawn(mind):
-        seen.append((len(mind.dream), mind.env.frames))
+        seen.append((mind, len(mind.dream), mind.dream[-2:-1]))
         for kind, key in next(keys):
             pygame.event.post(pygame.event.Event(kind, key=key))
         return draw(mind)
@@ -3525,16 +3518,19 @@ def test_keys_play_the_game_or_the_dream(tmp_path, monkeypatch):
     monkeypatch.setattr(play.Mind, "draw", drawn)
     play.main(tmp_path)
     pygame.quit()
-    lengths, frames = zip(*seen)
+    (mind, *_), lengths, befores = zip(*seen)
     assert lengths == (0, 0, 0, 0, 2, 3, 4, 2, 0)  # states dreamed, with the one in which it began
-    assert [b - a for a, b in zip(frames, frames[1:])] == [4, 4, 4, 0, 0, 0, 0, 4]
-    done = [(name, action) for name, action in done if action is not None]
-    agents = done.pop(11)  # its own choice, whatever that is
-    noop, fire_right, go_right = 0, 4, 2
-    played = [(name, action) for action in (noop, fire_right, fire_right, go_right)
-              for name in ("step", "observe_step")]
-    assert done == [("observe_step", noop), *played, ("imagine_step", noop), ("imagine_step", go_right),
-                    ("imagine_step", noop), ("step", noop), ("observe_step", noop)], done
+    assert all(state is before for state, before in zip(begun, sum(befores, []), strict=True))
+    awake_steps = [(name, action) for action in (noop, fire_right, fire_right, go_right)
+                   for name in ("step", "observe_step")]
+    assert [each for each in done if each[1] is not None] == [
+        ("observe_step", noop), *awake_steps, *[("imagine_step", action) for action in (
+            noop, go_right, fire_left, noop)], ("step", noop), ("observe_step", noop)]
+    mind.now["is_last"][0], steps = True, len(done)
+    mind.step(set())
+    mind.dream = [mind.state._replace(cont=torch.zeros(1))]
+    mind.step(set())
+    assert len(done) == steps
 
 
 @slow
