@@ -4,10 +4,9 @@
     Tab, Enter       close the eyes, open them; so does Space in a game without fire
     R, A, Esc        again: the game, or the same dream; the agent plays, or you again; leave
 
-*Awake*, you see the game and, beside it, what the model makes of each frame. *Dreaming*, level 0's world
-model goes on alone from the last of these states, told only the actions, while the game waits. At 15 steps of
-4 frames a second the game has its own speed. Awake, the agent plays with all its levels. In a dream level 0
-pursues the subgoal that it held when its eyes were closed, as in the dreams from which it learns.
+*Awake*, you see the game and what the model makes of each frame. *Dreaming*, level 0's world model goes on
+alone from the last of these states, told only the actions; the game waits. Awake, the agent plays with all
+levels; in a dream level 0 pursues the subgoal it held when the eyes were closed, as when it learns in dreams.
 """
 import re
 import sys
@@ -18,7 +17,6 @@ sys.path[0] = str(Path(__file__).parents[1])  # the project's root in place of r
 import torch
 
 from evaluate import draw_frame, load_run, state_image
-from hierarchy import onehot
 from train import UsageError, atari_games, blaming, env_step, make_env, program
 
 
@@ -48,7 +46,7 @@ class Mind:
     def action(self, pressed):
         """(1,A): the action that has most of the pressed keys and no other."""
         fit = [(1 + len(keys)) * (keys <= pressed) for keys in self.keys]
-        return onehot(torch.tensor([fit.index(max(fit))]), len(fit)).to(self.state.z)
+        return torch.eye(len(fit), device=self.state.z.device)[[fit.index(max(fit))]]
 
     def step(self, pressed):
         """One step of the dream, or else of the game, up to its end."""
@@ -77,6 +75,8 @@ def main(directory):
     with blaming("no window (it needs: pip install pygame pillow)"):
         import PIL, pygame
         pygame.display.init()
+        if pygame.display.get_driver() == "offscreen":
+            raise OSError("there is no screen")
     config, agent, _ = load_run(directory, "auto")
     if config.game not in atari_games():
         raise UsageError(f"{config.game}: keys are known for Atari's games only")
@@ -103,7 +103,7 @@ def main(directory):
         window = window or pygame.display.set_mode(frame.size)
         window.blit(pygame.image.frombuffer(frame.tobytes(), frame.size, "RGB"), (0, 0))
         pygame.display.flip()
-        clock.tick(15)
+        clock.tick(15)  # steps a second, of 4 frames each: the game's own speed
 
 
 if __name__ == "__main__":
