@@ -3115,22 +3115,100 @@ def test_goals_alone_train_the_actor_of_level_0_and_nothing_that_dreams(tmp_path
         alone.main(untrained_run(tmp_path / "other", "boxing", levels=2).directory, "-", 3)
 
 
-def test_curves_show_mean_and_range(tmp_path):
-    """results/curves.py: a line a group with the mean over runs of the last ten episodes' mean, a band of
-    their range; a run that ended no episode is left out."""
-    pytest.importorskip("matplotlib")
-    curves = [[1000 * i, -20.0] for i in range(1, 30)], [[1000 * i, -10.0] for i in range(1, 30)], []
-    files = [write_result(tmp_path / f"{seed}.json", {"seed": seed}, curve=curve)
-             for seed, curve in enumerate(curves)]
-    ramp = write_result(tmp_path / "3.json", {"levels": 1}, curve=[[i, float(i)] for i in range(1, 30)])
-    figure = script("curves").main(tmp_path / "curves.png", *files, ramp)
-    axis, = figure.axes
-    lines = {line.get_label(): line.get_ydata() for line in axis.get_lines()}
-    assert np.allclose(lines["runs: 2"], -15) and np.isclose(lines["runs: 1"][-1], 24.5)  # of 20 ... 29
-    assert [text.get_text() for text in figure.legends[0].get_texts()] == [
-        f"preset paper, levels {levels}, 100,000 agent steps" for levels in (1, 3)]
-    band = axis.collections[1].get_paths()[0].vertices[:, 1]
-    assert (band.min(), band.max()) == (-20, -10)
+@slow
+def test_curves_of_runs_and_of_games(tmp_path):
+    """results/curves.py: of a run in progress every whole line of its log, a line a level; of many runs a
+    panel a game, a colour a number of levels, a human score in digits where its line would flatten all."""
+    Figure, curves = pytest.importorskip("matplotlib.figure").Figure, script("curves")
+    rows = [{"step": i, "level": i % 3, "train/kl": float(i), "episode/score": float(i)} for i in range(6)]
+    (tmp_path / "metrics.jsonl").write_text("\n".join(map(json.dumps, rows)) + '\n{"step": 30, "ep')
+    curves.main([str(tmp_path), "-o", str(tmp_path / "curves.png")])
+    assert 5000 < (tmp_path / "curves.png").stat().st_size < 250_000
+    labels = curves.draw_runs(figure := Figure(), {"a": rows, "b": rows[:1]})
+    assert list(labels) == ["a", "level 1", "level 2", "b"]
+    lines = {axis.get_title(): [line.get_ydata().tolist() for line in axis.lines] for axis in figure.axes}
+    assert lines["train/kl"] == [[0, 3], [1, 4], [2, 5], [0]] and lines["episode/score"][0] == [0, 1.5]
+    runs = [{"game": game, "levels": levels, "preset": "cpu", "agent_steps": 9000, "mean": 3.0,
+             "curve": [[1000 * i, i] for i in range(9)], "random": human and 0.0, "human": human}
+            for game, human in (("own", None), ("pong", 6.0), ("qbert", 900.0)) for levels in (1, 3)]
+    curves.draw_games(figure := Figure(), runs)
+    assert [len(axis.lines) for axis in figure.axes] == [4, 6, 5]
+    assert figure.axes[2].texts[0].get_text() == "human 900" and not figure.axes[1].texts
+    colours = [line.get_color() for line in figure.axes[1].lines]
+    assert colours[0] == colours[1] != colours[2] == colours[3]
+
+
+def test_an_exported_agent_is_small_and_plays_as_before(tmp_path):
+    """results/export.py: an unfinished run is one clear line; else what playing needs, in half the bytes, and
+    the score. Numbers too large for float16 stay."""
+    run, export, small = untrained_run(tmp_path / "run", "boxing"), script("export"), tmp_path / "small"
+    with pytest.raises(train.UsageError, match="evaluation.json is missing"):
+        export.main(tmp_path / "run", small)
+    (tmp_path / "run" / "evaluation.json").write_text("{}")
+    awake(run.agent).levels[0].world_model.mean += 1e6
+    run.save()
+    export.main(tmp_path / "run", small)
+    _, agent, past = evaluate.load_run(small, "cpu")
+    assert past["step"] == 0 and sorted(os.listdir(small)) == ["checkpoint.pt", "evaluation.json"]
+    before, halved = run.agent.state_dict(), {name: p.half() for name, p in agent.named_parameters()}
+    for name, value in agent.state_dict().items():
+        assert torch.equal(value, before.pop(name).half().float() if name in halved else before.pop(name))
+    assert {name.split(".")[2] for name in before} == {"critics", "slow_critics", "normaliser"}
+    size = sum(p.nbytes for p in halved.values()) + sum(b.nbytes for b in agent.buffers())
+    assert (small / "checkpoint.pt").stat().st_size < size + 100_000
+    assert len(list(evaluate.rollout(agent, train.make_env("boxing"), 5, seed=0))) == 5
+
+
+def test_keys_play_the_game_or_the_dream(tmp_path, monkeypatch):
+    """results/play.py on no screen: awake, keys play the game and the model is told what was done; with
+    closed eyes they reach the dream alone, and the game waits. R dreams the same again, A lets the agent
+    play. A press counts for a step at least, and ends with its release; game and dream end where they end."""
+    pygame, _ = (pytest.importorskip(name) for name in ("pygame", "PIL"))
+    monkeypatch.setenv("SDL_VIDEODRIVER", "dummy")
+    untrained_run(tmp_path, "pong", levels=3)
+    play, done, seen, begun = script("play"), [], [], []
+
+    def noted(where, name, action):
+        """Note the number of the action that it gets, where it is one of the game."""
+        original = getattr(where, name)
+        monkeypatch.setattr(where, name, lambda self, *args: (
+            done.append((name, action(*args))), original(self, *args))[1])
+
+    noted(train.Atari, "step", lambda action: action)
+    noted(WorldModel, "observe_step", lambda x, z, a, *_: int(a.argmax()) if a.shape == (1, 6) else None)
+    noted(WorldModel, "imagine_step", lambda state, a, _: begun.append(state) or int(a.argmax()))
+    policy, draw = Level.policy, play.Mind.draw
+    noop, go_right, fire_right, fire_left = 0, 2, 4, 5
+    monkeypatch.setattr(Level, "policy", lambda level, *args: (
+        onehot(torch.tensor([fire_left]), 6) if level.action_shape == (1, 6) else policy(level, *args)))
+    down, up, right, space = pygame.KEYDOWN, pygame.KEYUP, pygame.K_RIGHT, pygame.K_SPACE
+    keys = iter([  # pressed after each picture
+        [(down, right), (down, space)], [], [(up, space)], [(up, right), (down, pygame.K_TAB)],
+        [(down, right), (up, right)], [(down, pygame.K_a)], [(down, pygame.K_a), (down, pygame.K_r)],
+        [(down, pygame.K_RETURN)], [(pygame.QUIT, 0)]])
+
+    def drawn(mind):
+        seen.append((mind, len(mind.dream), mind.dream[-2:-1]))
+        for kind, key in next(keys):
+            pygame.event.post(pygame.event.Event(kind, key=key))
+        return draw(mind)
+
+    monkeypatch.setattr(play.Mind, "draw", drawn)
+    play.main(tmp_path)
+    pygame.quit()
+    (mind, *_), lengths, befores = zip(*seen)
+    assert lengths == (0, 0, 0, 0, 2, 3, 4, 2, 0)  # states dreamed, with the one in which it began
+    assert all(state is before for state, before in zip(begun, sum(befores, []), strict=True))
+    awake_steps = [(name, action) for action in (noop, fire_right, fire_right, go_right)
+                   for name in ("step", "observe_step")]
+    assert [each for each in done if each[1] is not None] == [
+        ("observe_step", noop), *awake_steps, *[("imagine_step", action) for action in (
+            noop, go_right, fire_left, noop)], ("step", noop), ("observe_step", noop)]
+    mind.now["is_last"][0], steps = True, len(done)
+    mind.step(set())
+    mind.dream = [mind.state._replace(cont=torch.zeros(1))]
+    mind.step(set())
+    assert len(done) == steps
 
 
 @slow
