@@ -107,7 +107,6 @@ class Config:
     extrinsic_weight: float = setting(1.0, 0)  # weight of the game's reward
     subgoal_weight: float = setting(0.3, 0)  # weight of the subgoal reward
     novelty_weight: float = setting(0.1, 0)  # weight of the novelty reward
-    hindsight: float = setting(0.0, 0, 1)   # 0: the paper's subgoals; else a share of hindsight, see Level
     subgoal_categoricals: int = setting(8, 1)  # categoricals of a subgoal code
     subgoal_classes: int = setting(8, 2, 255)  # classes of each of them
     encoder_lr: float = setting(1e-4, 0)    # learning rate of the encoders, which belong to the world models
@@ -446,7 +445,7 @@ def make_agent(config, env):
         "first_stride", "sharpness", "kl_warmup", "decoded")} | {"memory": config.batch_length}
     behaviour = {name: getattr(config, name) for name in (
         "horizon", "starts", "gamma", "lam", "entropy_scale", "slow", "encoder_lr", "model_lr", "actor_lr",
-        "critic_lr", "autoencoder_lr", "hindsight")}
+        "critic_lr", "autoencoder_lr")}
     weights = {name: getattr(config, name + "_weight") for name in ("extrinsic", "subgoal", "novelty")}
     with torch.device(config.device):
         return Hieros(env.observation_space.shape, int(env.action_space.n), config.levels, config.k,
