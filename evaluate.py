@@ -166,10 +166,8 @@ def film(agent, env, game, seed, path, steps=300, restart=45):
         for i in range(1, len(ticks)):  # the levels above that have just seen and chosen
             held = memory["levels"][i - 1]
             below, level, h = agent.levels[i - 1], agent.levels[i], ticks[i]["state"].h
-            g_h = below.autoencoder.decode(held["subgoal"]) + below.origin(ticks[i - 1]["state"].h)
-            before = symexp(memory["levels"][i]["recent"][:, 0, -h.shape[-1]:])  # of k - 1 ticks ago
-            come = h - level.origin(before, torch.full((1,), agent.k - 1, device=h.device))
-            novelty = level.autoencoder.loss(come)[1].item()
+            g_h = below.autoencoder.decode(held["subgoal"])
+            novelty = level.autoencoder.loss(h)[1].item()
             goals[i] = state_image(agent, i - 1, held["z"], g_h), (
                 f"goal that level {i} sets level {i - 1}", f"novelty {novelty:.3f}; {agent.k ** i} steps")
         eyes = f"eyes shut for {blind} steps" if blind else "eyes open: starts again"

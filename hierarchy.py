@@ -181,9 +181,9 @@ class Level(nn.Module):
     slow: share by which the slow critics follow, an update. *_lr: learning rates.
     """
 
-    # Of the normaliser. DreamerV3 has 1. But early returns in sparse games differ by about 0.02. Divided by 1,
-    # they lose to the entropy bonus: in Freeway the policy stayed uniform for 58,000 steps; with 0.1 it crosses
-    # by then 22 times an episode. Novelty, an error of h, is smaller still.
+    # DreamerV3 has 1. Early returns in sparse games differ by about 0.02. Divided by 1, they lose to the
+    # entropy bonus: in Freeway the policy stayed uniform for 58,000 steps. With 0.1 it crosses by then 22
+    # times an episode. Novelty, an error of h, is smaller still.
     FLOORS = {"extrinsic": 0.1, "subgoal": 0.1, "novelty": 0.01}
 
     def __init__(self, observation_shape, action_shape, subgoal_shape, code_shape, rewards, model, *, horizon,

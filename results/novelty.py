@@ -21,9 +21,8 @@ def novelty(agent, env, steps=2000):
     for _, _, ticks in rollout(agent, env, steps, seed=5):
         for states, tick in zip(h, ticks):
             states.append(tick["state"].h)
-    h, start = [torch.cat(states) for states in h], (torch.arange(steps) - agent.k).clamp(min=0)
-    return [float(level.autoencoder.loss(each - level.origin(each[start[:len(each)]]))[1].mean())
-            for level, each in zip(agent.levels, h)]
+    return [float(level.autoencoder.loss(torch.cat(states))[1].mean())
+            for level, states in zip(agent.levels, h)]
 
 
 def foreign(game):
