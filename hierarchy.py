@@ -259,7 +259,7 @@ class Level(nn.Module):
         return metrics | learned | self.update_behaviour(feature, actions, reward, discount, alive)
 
     def goals(self, batch, states):
-        """(B,T,8*8): the goal of a dream from each state of the batch, here the one held at that time."""
+        """(B,T,8*8): which goal a dream from each state of the batch pursues: the one that was held there."""
         return onehot(batch["subgoal"], self.subgoal_shape[1]).flatten(-2)
 
     def update_autoencoder(self, h):
@@ -271,18 +271,18 @@ class Level(nn.Module):
 
     @torch.no_grad()
     def imagined_rewards(self, states, actions, goal, novelty):
-        """{name: (horizon,N)}: each reward of states 1 ... horizon, in dreams of which each has its goal."""
+        """{name: (horizon,N)}: what the states 1 ... horizon of N dreams with goals (N,8*8) pay."""
         reward = {"extrinsic": states.reward[1:], "novelty": novelty}
         if "subgoal" in self.rewards:
             reward["subgoal"] = cosine_max(self.autoencoder.decode(goal), states.h[1:])
         return reward
 
     def returns(self, reward, discount, value):
-        """(horizon,N,R) of reward and value (horizon,N,R), discount (horizon,N) of states 1 ... horizon."""
+        """The returns (horizon,N,R) of rewards and values (horizon,N,R) under one discount (horizon,N)."""
         return lambda_return(reward, discount[..., None], value, self.lam)
 
     def update_behaviour(self, feature, actions, reward, discount, alive):
-        """One training step of actor and critics on imagined rollouts (DreamerV3, "Actor critic learning").
+        """One training step of actor and critics on imagined rollouts (DreamerV3, "Actor learning").
 
             actor     -w (log pi(a) sg(A) + entropy_scale * entropy), A = sum of weight (return - v) / scale
             critics    w (-log p(return) - log p(v_slow)),            one a reward, two-hot
