@@ -64,10 +64,11 @@ AGENTS = {"flat": (1, Hieros), "curious": (1, CuriousHieros), "paper": (2, Hiero
 def main(agent, seed, steps, task="key_door"):
     """Train one of AGENTS and print its last returns."""
     if task == "key_door":
-        env, settings = KeyDoor(), SETTINGS | dict(warmup=1000, train_every=4, horizon=15, gamma=0.99,
-                                                   entropy_scale=3e-3)
+        env = KeyDoor()
+        settings = SETTINGS | dict(warmup=1000, train_every=4, horizon=15, gamma=0.99, entropy_scale=3e-3)
     else:
-        env, settings = train.make_env(task), train.PRESETS["vector"] | dict(preset="vector", device="cpu")
+        env = train.make_env(train.game_name(task))
+        settings = train.PRESETS["vector"] | dict(preset="vector", device="cpu")
     levels, kind = AGENTS[agent]
     settings |= dict(game=task, seed=int(seed), steps=int(steps), levels=levels, subgoal_weight=0.1)
     run = trained(env, kind, **settings)
