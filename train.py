@@ -364,7 +364,7 @@ def make_agent(config, env):
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = config.precision == "tf32"
     settings = vars(config) | {"memory": config.batch_length}
     model, behaviour = ({name: settings[name] for name in inspect.signature(kind).parameters
-                         if name in settings and name != "k"} for kind in (WorldModel, Level))
+                         if name in settings} for kind in (WorldModel, Level))
     weights = {name: settings[name + "_weight"] for name in ("extrinsic", "subgoal", "novelty")}
     with torch.device(config.device):
         return Hieros(env.observation_space.shape, int(env.action_space.n), config.levels, config.k,

@@ -5,6 +5,7 @@ says so ("change"). Such a run is resumed by this script, too, since train.py's 
 """
 import sys
 from pathlib import Path
+from unittest.mock import patch
 
 sys.path[0] = str(Path(__file__).parents[1])  # the project's root in place of results/
 
@@ -55,13 +56,10 @@ class GRUStack(nn.Module):
 
 def main(argv):
     """train.main with GRUs. Returns its exit code."""
-    stack, origin = world_model.S5Stack, train.origin
-    world_model.S5Stack = GRUStack
-    train.origin = lambda: origin() | {"change": "GRU layers instead of S5's"}
-    try:
+    origin = train.origin
+    with patch.object(world_model, "S5Stack", GRUStack), patch.object(
+            train, "origin", lambda: origin() | {"change": "GRU layers instead of S5's"}):
         return train.main(argv)
-    finally:
-        world_model.S5Stack, train.origin = stack, origin
 
 
 if __name__ == "__main__":

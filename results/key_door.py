@@ -1,9 +1,11 @@
 """Does a hierarchy find what one level does not? Two rooms, a key, a door, a reward at the very end.
 
-    python results/key_door.py AGENT SEED OUT.json STEPS
+    python results/key_door.py AGENT SEED STEPS [MountainCar-v0]
 
 AGENT: flat, one level; curious, one level with the novelty reward that higher levels have; paper, two levels
-by the paper's rule; hindsight, two levels with --hindsight 0.5. Random play solves 1.5% of the episodes.
+by the paper's rule; hindsight, two levels by results/hindsight.py. With MountainCar-v0 they play that game
+instead, at the preset `vector`. Prints a line of JSON: the returns of the training's last 50 episodes. Random
+play solves 1.5% of the episodes with key and door.
 """
 import sys
 from pathlib import Path
@@ -11,13 +13,13 @@ from pathlib import Path
 sys.path[0] = str(Path(__file__).parents[1])  # the project's root in place of results/
 sys.path.append(str(Path(__file__).parent))  # last: results/profile.py hides Python's own
 
+import gymnasium
 import numpy as np
-from gymnasium import Env
 from gymnasium.spaces import Box, Discrete
 
-import hierarchy
 import train
-from grid_rooms import GridRooms, trained
+from hierarchy import Hieros
+from hindsight import SETTINGS, GridRooms, HindsightHieros, print_line, trained
 
 
 class KeyDoor(GridRooms):
@@ -31,7 +33,7 @@ class KeyDoor(GridRooms):
         self.observation_space, self.action_space = Box(0, 1, (18,), np.float32), Discrete(5)
 
     def reset(self, *, seed=None, options=None):
-        Env.reset(self, seed=seed)
+        gymnasium.Env.reset(self, seed=seed)
         self.t, self.cell, self.has_key = 0, self.START, False
         return self.observe(), {}
 
@@ -48,31 +50,31 @@ class KeyDoor(GridRooms):
         return np.concatenate([np.eye(n, dtype=np.float32)[i] for n, i in seen])
 
 
-AGENTS = {"flat": dict(levels=1), "curious": dict(levels=1), "paper": dict(hindsight=0.0), "hindsight": {}}
+class CuriousHieros(Hieros):
+    """An agent whose levels are rewarded for novelty, whichever they are."""
+
+    def make_level(self, rewards, **settings):
+        return super().make_level(rewards=rewards | {"novelty": 0.1}, **settings)
 
 
-class CuriousLevel(hierarchy.Level):
-    """A level that is rewarded for novelty, whichever it is."""
-
-    def __init__(self, observation_shape, action_shape, subgoal_shape, code_shape, rewards, *model, **others):
-        super().__init__(observation_shape, action_shape, subgoal_shape, code_shape,
-                         rewards | {"novelty": train.Config.novelty_weight}, *model, **others)
+AGENTS = {"flat": (1, Hieros), "curious": (1, CuriousHieros), "paper": (2, Hieros),
+          "hindsight": (2, HindsightHieros)}
 
 
-def main(agent, seed, out, steps):
-    """Train, and write how many of the last 50 episodes were solved, and every episode's end."""
-    if agent == "curious":
-        hierarchy.Level = CuriousLevel
-    run, how = trained(KeyDoor(), game="key_door", seed=int(seed), steps=int(steps), warmup=1000,
-                       train_every=4, horizon=15, gamma=0.99, entropy_scale=3e-3, subgoal_weight=0.1,
-                       **AGENTS[agent])
-    solved = [score for _, score in run.curve]
-    last = float(np.mean(solved[-50:]))
-    train.write_json({"game": "key_door", "agent": agent, "seed": int(seed), "last_50": last,
-                      "curve": run.curve} | how | train.origin(), out)
-    print(f"{agent}, seed {seed}: {last:.0%} of the last 50 episodes solved, {sum(solved):.0f} of"
-          f" {len(solved)} in all")
+def main(agent, seed, steps, task="key_door"):
+    """Train one of AGENTS and print its last returns."""
+    if task == "key_door":
+        env = KeyDoor()
+        settings = SETTINGS | dict(warmup=1000, train_every=4, horizon=15, gamma=0.99, entropy_scale=3e-3)
+    else:
+        env = train.make_env(train.game_name(task))
+        settings = train.PRESETS["vector"] | dict(preset="vector", device="cpu")
+    levels, kind = AGENTS[agent]
+    settings |= dict(game=task, seed=int(seed), steps=int(steps), levels=levels, subgoal_weight=0.1)
+    run = trained(env, kind, **settings)
+    print_line(task=task, agent=agent, seed=int(seed), steps=int(steps),
+               returns=[score for _, score in run.curve[-50:]])
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:]) if len(sys.argv) == 5 else sys.exit(__doc__)
+    train.program(lambda argv: main(*argv) if len(argv) in (3, 4) and argv[0] in AGENTS else __doc__)
