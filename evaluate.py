@@ -383,14 +383,11 @@ def main(argv):
     """The command line. Returns the exit code."""
     keep_freed_memory()
     args = parse(argv)
-    try:
-        if args.table:
-            for group, games in load_results(args.paths).items():
-                print_group(group, games)
-        else:
-            one_run(args)
-    except OSError as error:
-        raise UsageError(f"{error.filename or 'output'}: {error.strerror}") from error
+    if args.table:
+        for group, games in load_results(args.paths).items():
+            print_group(group, games)
+    else:
+        one_run(args)
     return 0
 
 
