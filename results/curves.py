@@ -4,7 +4,8 @@
     python results/curves.py results/atari100k.jsonl [-o curves.png]
 
 Of runs it draws metrics.jsonl: a colour a run, a kind of line a level. Of a file with a line a run, what is
-in evaluation.json, a panel a game: a colour a kind of agent, a thin line a seed, a dot its final score.
+in evaluation.json, a panel a game: a colour a kind of agent, a thin line a seed, a dot its final score. Of
+such a file it also prints the minutes until each run was above random play and above the human (`ladder`).
 """
 import argparse
 import json
@@ -43,6 +44,18 @@ def draw_runs(figure, logs):
     return labels
 
 
+def ladder(run):
+    """Minutes of training after which the last ten returns were first above random play by five standard
+    errors of their mean, and above the human in the mean; None for never. Steps are taken to last alike."""
+    passed, minute = [None, None], 60 * run["hours"] / run["agent_steps"]
+    for i in range(10, len(run["curve"]) + 1):
+        (steps, returns), (low, high) = np.transpose(run["curve"][i - 10:i]), (run["random"], run["human"])
+        sure = returns.mean() - 5 * returns.std(ddof=1) / 10 ** 0.5 > low
+        for n, yes in enumerate((sure, returns.mean() > high)):
+            passed[n] = round(steps[-1] * minute, 1) if yes and passed[n] is None else passed[n]
+    return passed
+
+
 def draw_games(figure, runs):
     """A panel a game of the results of runs. Returns {label: line} for the legend."""
     kind = "levels {levels}, preset {preset}".format_map
@@ -79,6 +92,10 @@ def main(argv):
         texts = [Path(path if games else f"{path}/metrics.jsonl").read_text() for path in args.paths]
         # A run in progress may have written half of its last line.
         lines = [[json.loads(line) for line in text.splitlines() if line[-1:] == "}"] for text in texts]
+    for run in sorted(sum(lines, []), key=lambda run: (run["game"], run["levels"])) if games else ():
+        if run["human"] is not None:
+            print("{game}, levels {levels}, seed {seed}: minutes to random play, to the human:".format(**run),
+                  *("never" if minutes is None else minutes for minutes in ladder(run)))
     figure = Figure((13, 7.5), layout="constrained")
     labels = draw_games(figure, sum(lines, [])) if games else draw_runs(figure, dict(zip(args.paths, lines)))
     figure.legend(labels.values(), labels.keys(), loc="outside upper center", ncols=6, fontsize=9)
