@@ -2260,7 +2260,7 @@ def test_own_games_are_scored_beside_random_play(registered, tmp_path, capsys):
     assert found["random_measured"]["returns"] == [6.0] * 20 and found["returns"] == [6.0, 6.0]
     config = train.load_checkpoint(tmp_path / "checkpoint.pt", "cpu")["config"]
     assert found["config"] == config and config["game"] == "Tiny-v0" and config["precision"] == "tf32"
-    assert found["versions"].keys() == {"python", "torch", "gymnasium", "ale_py", "numpy"}
+    assert found["versions"].keys() == {"python", "torch", "gymnasium", "ale-py", "numpy"}
     assert found["evaluation_seed"] == 0 and found["device"] == "cpu" and found["agent_steps"] == 60
     assert found["trained_by"] == [found["commit"] + "+" * found["dirty"]] and found["hours"] >= 0
     assert found["curve"] == [[6 * i, 6.0] for i in range(1, 10)] and "command" in found

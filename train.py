@@ -651,10 +651,10 @@ def origin():
     commit, git = "", ["git", "-C", Path(__file__).parent, "describe", "--always", "--dirty=+", "--exclude=*"]
     with contextlib.suppress(OSError):  # no git
         commit = subprocess.run(git, capture_output=True, text=True).stdout.strip()
-    versions = {module.__name__: module.__version__ for module in (torch, np, gymnasium, ale_py)}
-    return {"command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
-            "commit": commit.rstrip("+") or "unknown", "dirty": commit.endswith("+"),
-            "versions": {"python": sys.version.split()[0], **versions}}
+    versions = {"python": sys.version.split()[0], "torch": torch.__version__, "numpy": np.__version__,
+                "gymnasium": gymnasium.__version__, "ale-py": ale_py.__version__}
+    return {"command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]), "versions": versions,
+            "commit": commit.rstrip("+") or "unknown", "dirty": commit.endswith("+")}
 
 
 def statistics(returns):
