@@ -6,16 +6,20 @@
 import ast
 import copy
 import dataclasses
+import functools
 import importlib.util
+import inspect
 import itertools
 import json
 import os
+import random
 import re
 import runpy
 import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 import tracemalloc
 import types
@@ -1017,33 +1021,29 @@ def test_saving_and_loading_never_copy_the_ring(tmp_path, monkeypatch):
 
 
 # ------------------------------------------------------------------------------------------------------------
-# On a GPU: `pytest test_hieros.py -m gpu -s`. Where a CPU can stand in for it, it does, as a test of the test
+# On a GPU: `pytest test_hieros.py -m gpu`. Where a CPU can stand in for it, it does, as a test of the test
 # ------------------------------------------------------------------------------------------------------------
 
 GPU = pytest.param("cuda", marks=[pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(),
                                                                       reason="no CUDA device")])
 on_devices = pytest.mark.parametrize("device", ["cpu", GPU])
-on_devices_slowly = pytest.mark.parametrize("device", [pytest.param("cpu", marks=slow), GPU])
+in_precisions = pytest.mark.parametrize("precision", ["float32", "tf32", "bf16"])
 
 
 @pytest.fixture
 def agent_on(tmp_path):
     """A function that makes agent and Config for a device; what it says of TF32 is taken back in the end."""
-    def make(device, awaken=True, **settings):
-        settings = dict(game="pong", preset="debug", device=device, logdir=str(tmp_path)) | settings
-        config = train.make_config(settings)
-        agent = train.make_agent(config, Catch(image=True))
-        return (awake(agent) if awaken else agent), config
+    def make(device, **settings):
+        config = train.make_config(dict(game="pong", preset="debug", device=device) | settings)
+        return awake(train.make_agent(config, Catch(image=True))), config
 
-    flags = torch.backends.cuda.matmul, torch.backends.cudnn
-    before = [flag.allow_tf32 for flag in flags]
+    before = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
     yield make
-    for flag, value in zip(flags, before):
-        flag.allow_tf32 = value
+    torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = before
 
 
-@on_devices
-def test_an_update_on_the_device_is_the_cpus(device, agent_on, fixed_draws):
+@pytest.mark.parametrize("device", [GPU])
+def test_an_update_on_the_gpu_is_the_cpus(device, agent_on, fixed_draws):
     """From the same weights and batch an update of each level has the CPU's losses and gradients, to 1e-3."""
     reference, _ = agent_on("cpu", precision="float32", starts=64)
     agent, _ = agent_on(device, precision="float32", starts=64)
@@ -1059,11 +1059,13 @@ def test_an_update_on_the_device_is_the_cpus(device, agent_on, fixed_draws):
 
 
 @on_devices
-@pytest.mark.parametrize("precision", ["float32", "tf32", "bf16"])
+@in_precisions
 def test_in_any_precision_an_update_changes_every_network_and_dreams_know_it(device, precision, agent_on,
                                                                             monkeypatch):
-    """No network is left without a gradient, and imagination uses the weights of after the model's step."""
+    """No network is left without a gradient, and imagination uses the weights of after the model's step. TF32
+    is allowed only where it was chosen."""
     agent, config = agent_on(device, precision=precision, levels=2, model_lr=1e-2)
+    assert torch.backends.cuda.matmul.allow_tf32 is torch.backends.cudnn.allow_tf32 is (precision == "tf32")
     before = parameters_of(agent)
     for i, level in enumerate(agent.levels):
         calls, model = {}, level.world_model
@@ -1078,7 +1080,7 @@ def test_in_any_precision_an_update_changes_every_network_and_dreams_know_it(dev
         assert (p != before[name]).any(), name
 
 
-@on_devices_slowly
+@pytest.mark.parametrize("device", [pytest.param("cpu", marks=slow), GPU])
 def test_a_checkpoint_changes_its_device(device, tmp_path):
     """A run that was saved on a GPU goes on on a CPU with the same weights, and back."""
     there = train.Run(catch_config(tmp_path, device=device, starts=32, steps=120), Catch())
@@ -1094,92 +1096,49 @@ def test_a_checkpoint_changes_its_device(device, tmp_path):
 
 
 @pytest.mark.parametrize("device", [GPU])
-@pytest.mark.parametrize("precision", ["float32", "tf32", "bf16"])
+@in_precisions
 def test_no_update_waits_for_the_gpu(device, precision, agent_on):
     """From batch to metrics nothing synchronises: the CPU can prepare while the GPU computes."""
     agent, config = agent_on(device, precision=precision)
-    for mode in ("default", "error"):  # the first update may wait: for compiled kernels, for memory
-        for i, level in enumerate(agent.levels):
-            batch = batch_of(agent, i, device=device)
+    batches = [batch_of(agent, i, device=device) for i in range(3)]
+    try:
+        for mode in ("default", "error"):  # the first update may wait: for compiled kernels, for memory
             torch.cuda.set_sync_debug_mode(mode)
-            try:
+            for level, batch in zip(agent.levels, batches):
                 with train.autocast(config):
                     level.update(batch)
-            finally:
-                torch.cuda.set_sync_debug_mode("default")
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
 
 
 @on_devices
-@pytest.mark.parametrize("precision", ["float32", "tf32", "bf16"])
+@in_precisions
 def test_a_recorded_update_is_the_update(device, precision, agent_on):
     """Four updates, the later ones played back from a CUDA graph, have the losses of four that are not and
     move the weights as far: with new batches, new random numbers and what Adam knows by then."""
     losses, moved = [], []
     for wrap in (lambda update: update, train.Recorded):
-        agent, config = agent_on(device, precision=precision)
-        if losses:
-            agent.load_state_dict(first)
-        first = {name: value.clone() for name, value in agent.state_dict().items()}
-        updates, of_this = [wrap(level.update) for level in agent.levels], []
         torch.manual_seed(0)
-        for shift in range(4):
-            for i, update in enumerate(updates):
-                batch = {name: value.roll(shift, 1) for name, value in
-                         batch_of(agent, i, device=device).items()}
-                with train.autocast(config):
-                    of_this.append(torch.stack([value.float() for value in update(batch).values()]).cpu())
-        losses.append(torch.cat(of_this))
+        agent, config = agent_on(device, precision=precision, levels=2)
+        first, updates = copy.deepcopy(agent.state_dict()), [wrap(level.update) for level in agent.levels]
+        torch.manual_seed(0)
+        for shift, (i, update) in itertools.product(range(4), enumerate(updates)):
+            batch = batch_of(agent, i, device=device).items()
+            with train.autocast(config):
+                found = update({name: value.roll(shift, 1) for name, value in batch})
+            losses.append(torch.stack([value.float() for value in found.values()]).cpu())
         moved.append(torch.cat([(value - first[name]).float().flatten().cpu()
                                 for name, value in agent.state_dict().items()]))
-    assert torch.allclose(*losses, rtol=1e-2, atol=1e-2)
+    assert all(torch.allclose(*pair, rtol=1e-2, atol=1e-2) for pair in zip(losses, losses[len(losses) // 2:]))
     assert (moved[0] - moved[1]).norm() <= 0.1 * moved[0].norm()
-
-
-@on_devices_slowly
-def test_what_a_run_costs(device, agent_on, capsys):
-    """Prints memory and speed of updates and of acting at preset `paper`, and the hours of a whole run."""
-    agent, c = agent_on(device, awaken=False, preset="debug" if device == "cpu" else "paper")
-    settle = torch.cuda.synchronize if device == "cuda" else lambda: None
-
-    def seconds(call, repeats=10):
-        for i in range(3 + repeats):  # three to warm up
-            if i == 3:
-                settle()
-                begin = time.perf_counter()
-            call()
-        settle()
-        return (time.perf_counter() - begin) / repeats
-
-    memory, discretised = agent.initial_memory(1), agent.discretise()
-    observation, flags = np.zeros((1, 64, 64, 3), np.uint8), [np.zeros(1, bool)] * 3
-    lines, hours = [], 0
-    with train.autocast(c):
-        for i, level in enumerate(agent.levels):
-            batch = batch_of(agent, i, c.batch_size, c.batch_length, device)
-            if device == "cuda":
-                torch.cuda.reset_peak_memory_stats()
-            learn = train.Recorded(level.update)
-            update = seconds(lambda: learn(batch))
-            peak = torch.cuda.max_memory_allocated() / 2 ** 30 if device == "cuda" else float("nan")
-            hours += (c.steps - c.warmup) / (c.train_every * c.k ** i) * update / 3600
-            lines.append(f"level {i}: {1 / update:.1f} updates a second, {peak:.2f} GiB")
-
-        def act():
-            nonlocal memory
-            memory, ticks = agent.act(memory, observation, np.zeros(1, np.float32), *flags, discretised)
-            agent.transitions(ticks)
-
-        step = seconds(act, 100)
-    hours += c.steps * step / 3600
-    with capsys.disabled():
-        print(f"\npreset {c.preset}, {device}, {c.precision}", *lines, f"acting: {1 / step:.0f} a second",
-              f"{c.steps} steps: {hours:.1f} hours, without the game and the evaluation", sep="\n  ")
-    assert 0 < hours < 1000
 
 
 # ------------------------------------------------------------------------------------------------------------
 # train.py
 # ------------------------------------------------------------------------------------------------------------
+
+Box, Discrete = spaces.Box, spaces.Discrete
+
 
 class Catch(gymnasium.Env):
     """Three blocks fall, one after the other, through 6 rows of 5 columns; each one caught is a point.
@@ -1188,12 +1147,12 @@ class Catch(gymnasium.Env):
     """
 
     COLUMNS, ROWS, DROPS = 5, 6, 3
+    action_space = Discrete(3)
 
     def __init__(self, image=False):
         self.image = image
-        self.observation_space = (gymnasium.spaces.Box(0, 255, (64, 64, 3), np.uint8) if image else
-                                  gymnasium.spaces.Box(0, 1, (2 * self.COLUMNS + self.ROWS,), np.float32))
-        self.action_space = gymnasium.spaces.Discrete(3)
+        self.observation_space = Box(0, 255, (64, 64, 3), np.uint8) if image else (
+            Box(0, 1, (2 * self.COLUMNS + self.ROWS,), np.float32))
 
     def reset(self, *, seed=None, options=None):
         super().reset(seed=seed)
@@ -1228,14 +1187,75 @@ class Catch(gymnasium.Env):
         self.np_random.bit_generator.state = state["rng"]
 
 
+class Scripted(gymnasium.Env):
+    """Episodes of given lengths, which a time limit ends where `cut` of their number says so. It shows its
+    step, a number drawn at the start and 0.5. What else it is and what goes wrong when, options tell."""
+
+    metadata = {"render_modes": ["rgb_array"]}
+    made = []  # every one, since the tests look at them
+
+    def __init__(self, observations=Box(-1, 20, (3,), np.float64), actions=Discrete(2), reward=1.0,
+                 give=lambda env: np.array([env.t, env.number, 0.5]), lengths=itertools.repeat(10), info=dict,
+                 cut=lambda episode: False, end=bool, render_mode=None, **faults):
+        if not faults.keys() <= {"made", "step", "close"}:
+            raise TypeError(f"unexpected {faults}")
+        given = dict(observation_space=observations, action_space=actions, render_mode=render_mode)
+        vars(self).update({name: value for name, value in given.items() if value is not None})
+        self.reward, self.give, self.info, self.faults = reward, give, info, faults
+        self.lengths, self.cut, self.end = iter(lengths), cut, end
+        self.episode, self.steps, self.taken, self.closed = -1, 0, [], False
+        self.fault("made")
+        self.made.append(self)
+
+    def fault(self, name):
+        return self.faults.get(name, lambda env: None)(self)
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        self.seed, self.t, self.number = seed, 0, self.np_random.random()
+        self.length, self.episode = next(self.lengths), self.episode + 1
+        return self.give(self), self.info()
+
+    def step(self, action):
+        self.t, self.steps = self.t + 1, self.steps + 1
+        self.taken.append(action)
+        self.fault("step")
+        last, cut = self.t >= self.length, self.cut(self.episode)
+        reward = self.reward(self) if callable(self.reward) else self.reward
+        return self.give(self), reward, self.end(last and not cut), self.end(last and cut), self.info()
+
+    def render(self):
+        return np.full((40, 60, 3), self.t, np.uint8)
+
+    def close(self):
+        self.closed = True
+        self.fault("close")
+
+
+@pytest.fixture
+def registered():
+    """Registers Scripted with options, or another environment, and returns its name."""
+    def register(kind=Scripted, limit=None, **options):
+        gymnasium.registry.pop("Tiny-v0", None)
+        gymnasium.register("Tiny-v0", kind, max_episode_steps=limit, kwargs=options)
+        return "Tiny-v0"
+
+    Scripted.made = []
+    yield register
+    gymnasium.registry.pop("Tiny-v0", None)
+
+
+QUICK = ("--preset debug --device cpu --levels 2 --steps 60 --warmup 0 --batch_length 8 --batch_size 2"
+         " --starts 8 --train_every 20 --save_every 20 --log_every 20 --horizon 2").split()
+
+
 def catch_config(directory, **settings):
     """Settings for Catch: small networks, large learning rates."""
-    return train.Config(**dict(
+    return train.Config(**train.PRESETS["debug"] | dict(
         game="catch", preset="debug", device="cpu", logdir=str(directory), levels=2, steps=400, warmup=100,
-        train_every=2, batch_size=8, batch_length=32, replay_size=10_000, stoch=8, classes=8, hidden=64,
-        state_size=32, s5_layers=2, units=64, horizon=12, starts=256, encoder_lr=1e-3, model_lr=1e-3,
-        actor_lr=1e-3, critic_lr=1e-3, autoencoder_lr=1e-3, entropy_scale=1e-2, subgoal_weight=0.1,
-        log_every=100, save_every=200, eval_episodes=2) | settings)
+        train_every=2, batch_size=8, batch_length=32, replay_size=10_000, mlp_layers=2, first_stride=2,
+        kl_warmup=200, horizon=12, starts=256, encoder_lr=1e-3, model_lr=1e-3, actor_lr=1e-3, critic_lr=1e-3,
+        autoencoder_lr=1e-3, entropy_scale=1e-2, subgoal_weight=0.1, save_every=200) | settings)
 
 
 def metrics_of(directory):
@@ -1244,89 +1264,168 @@ def metrics_of(directory):
     return [line for line in lines if not any(name.startswith("seconds") for name in line)]
 
 
+# A run.
+
 @slow
 def test_resumed_run_is_bitwise_the_undisturbed_one(tmp_path):
-    """Stop at a checkpoint, start with all new objects, resume: metrics and weights are the same bits."""
-    whole = train.Run(catch_config(tmp_path / "whole", starts=32), Catch())
+    """Stop at a checkpoint, start with all new objects, resume: metrics and weights are the same bits. What
+    is kept of the layers between steps belongs to the present weights, level by level."""
+    whole, first = (train.Run(catch_config(tmp_path / name, starts=32, steps=steps), Catch())
+                    for name, steps in (("whole", 400), ("parts", 200)))
     train.train(whole, progress=False)
-    first = train.Run(catch_config(tmp_path / "parts", starts=32, steps=200), Catch())
     train.train(first, progress=False)
-    config = catch_config(tmp_path / "parts", starts=32)
-    second = train.Run(dataclasses.replace(config, seed=1), Catch())  # whatever it starts from is replaced
+    config = catch_config(tmp_path / "parts", starts=32, seed=1)  # whatever it starts from is replaced
+    second = train.Run(config, Catch())
     second.restore(train.load_checkpoint(tmp_path / "parts" / "checkpoint.pt", "cpu"))
     assert second.step == 200
+    for kept, present in zip(second.discretised, first.agent.discretise()):
+        assert all(map(torch.equal, itertools.chain(*kept), itertools.chain(*present)))
     train.train(second, progress=False)
     assert metrics_of(tmp_path / "whole") == metrics_of(tmp_path / "parts")
     assert second.curve == whole.curve and second.updates == whole.updates and min(whole.updates) > 0
     for name, value in whole.agent.state_dict().items():
         assert torch.equal(value, second.agent.state_dict()[name]), name
-
-
-@slow
-def test_a_run_acts_with_its_present_weights(tmp_path):
-    """What a run keeps of its layers between steps belongs to the weights of the last update or checkpoint of
-    each level, and only the level that was updated is computed anew."""
-    run = train.Run(catch_config(tmp_path, steps=200), Catch())
-    old = list(run.discretised)
-    train.train(run, progress=False)
-    other = train.Run(dataclasses.replace(run.config, seed=1), Catch())
-    other.restore(train.load_checkpoint(tmp_path / "checkpoint.pt", "cpu"))
-    for kept in (run.discretised, other.discretised):
-        for layers, present, before in zip(kept, run.agent.discretise(), old):
-            for layer, now, then in zip(layers, present, before):
-                assert all(map(torch.equal, layer, now)) and not torch.equal(layer[0], then[0])
-    before, run.step = list(run.discretised), 202  # a multiple of train_every, not of train_every * k
-    run.learn()
-    assert run.discretised[0] is not before[0] and run.discretised[1] is before[1]
-
-
-@slow
-def test_metrics_have_the_names_that_dreamer_users_know(tmp_path):
-    """Scores, lengths, losses and speed stand in metrics.jsonl under DreamerV3's names, a line a level; an
-    episode's length is the number of its agent steps."""
-    train.train(train.Run(catch_config(tmp_path, steps=200, starts=32), Catch()), progress=False)
-    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    for kept, present in zip(whole.discretised, whole.agent.discretise()):
+        assert all(map(torch.equal, itertools.chain(*kept), itertools.chain(*present)))
+    before, whole.step = list(whole.discretised), 402  # a multiple of train_every, not of train_every * k
+    whole.learn()
+    assert whole.discretised[0] is not before[0] and whole.discretised[1] is before[1]
+    # Scores, lengths, losses and speed stand under the names that users of DreamerV3 know, a line a level.
+    lines = [json.loads(line) for line in whole.metrics.read_text().splitlines()]
     assert {line["episode/length"] for line in lines if "episode/score" in line} == {Catch.ROWS * Catch.DROPS}
     common = {f"train/{name}" for name in (
         "loss/vector", "loss/rew", "loss/con", "loss/dyn", "loss/policy", "loss/value_extrinsic", "rep_ent",
         "dyn_ent", "ent/action", "adv_std", "rew/extrinsic", "ret/extrinsic", "val/extrinsic")}
     assert {line["level"] for line in lines if common <= line.keys()} == {0, 1}
-    speeds = [100 / line["fps/policy"] for line in lines if "fps/policy" in line]  # seconds a line
-    assert np.allclose(np.cumsum(speeds), [line["seconds/total"] for line in lines if "fps/policy" in line])
+    times = [(100 / line["fps/policy"], line["seconds/total"]) for line in lines if "fps/policy" in line]
+    assert np.allclose(np.cumsum(times, 0)[:, 0], np.array(times)[:, 1])
 
 
-class Odd(Catch):
-    """Catch in episodes of given lengths, every second of them cut off by a time limit; the reward of a step
-    is its number in the run."""
+@slow
+def test_killed_at_any_moment_a_run_ends_as_if_undisturbed(tmp_path):
+    """SIGKILL at random moments, resume, again and again: in the end every line of metrics.jsonl is there
+    exactly once and the weights are bitwise those of a run that nobody killed."""
+    def start(name, *flags):
+        command = [sys.executable, "train.py", "--logdir", str(tmp_path / name), "--device", "cpu", *flags]
+        return subprocess.Popen(command, cwd=HERE, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
 
-    def __init__(self, lengths):
-        super().__init__()
-        self.lengths, self.steps, self.returns = iter(lengths), 0, []
+    flags = ("--game breakout --preset debug --steps 450 --warmup 200 --save_every 30 --log_every 50"
+             " --eval_episodes 1").split()
+    assert start("whole", *flags).wait() == 0
+    checkpoint, kills = tmp_path / "killed" / "checkpoint.pt", 0
+    for delay in np.random.default_rng(0).uniform(0.1, 1.5, 3):
+        process = start("killed", *flags)
+        before = checkpoint.stat().st_mtime_ns if checkpoint.exists() else 0
+        while process.poll() is None and not (checkpoint.exists() and checkpoint.stat().st_mtime_ns > before):
+            time.sleep(0.01)  # a first checkpoint of this process, so that every round gets further
+        time.sleep(delay)
+        kills += process.poll() is None
+        process.kill()
+        process.wait()
+        flags = ["--resume"]
+    assert start("killed", "--resume").wait() == 0
+    assert kills and metrics_of(tmp_path / "killed") == metrics_of(tmp_path / "whole")
+    whole, killed = (train.load_checkpoint(tmp_path / name / "checkpoint.pt", "cpu")["weights"]
+                     for name in ("whole", "killed"))
+    assert all(torch.equal(whole[name], killed[name]) for name in whole)
 
-    def reset(self, **options):
-        self.length = next(self.lengths)
-        self.returns.append(0)
-        return super().reset(**options)
 
-    def step(self, action):
-        observation, *_ = super().step(action)
-        self.steps += 1
-        self.returns[-1] += self.steps
-        last, cut = self.t == self.length, len(self.returns) % 2 == 0
-        return observation, float(self.steps), last and not cut, last and cut, {}
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_signals_save_first_and_the_second_ends_at_once(number, registered, tmp_path, monkeypatch, capfd):
+    """Ctrl+C, SIGTERM and a closed terminal save the run and say how to continue it; continued, it ends with
+    a score. A second one ends a game that hangs; but a terminal may say twice that it is closed, and to a run
+    under nohup that is no matter."""
+    pending = []
+
+    def send(env):
+        while pending and env.steps == 30:
+            os.kill(os.getpid(), pending.pop())
+
+    command = ["--game", registered(step=send), "--logdir", str(tmp_path / "run"), *QUICK]
+    before, pending[:] = signal.getsignal(number), [number]
+    assert train.main(command) == 128 + number and signal.getsignal(number) is before
+    assert "stopped at step 30, saved; continue with: python train.py --logdir" in capfd.readouterr().out
+    assert train.load_checkpoint(tmp_path / "run" / "checkpoint.pt", "cpu")["step"] == 30
+    assert train.main([*command, "--resume"]) == 0
+    monkeypatch.setattr(os, "_exit", lambda code: (_ for _ in ()).throw(SystemExit(code)))
+    pending[:], again = [number, number], [*command, "--resume", "--steps", "120"]
+    if number == signal.SIGHUP:
+        assert train.main(again) == 128 + number
+        monkeypatch.setattr(signal, "getsignal", lambda number: signal.SIG_IGN)
+        assert train.main(again) == 0
+    else:
+        with pytest.raises(SystemExit, match=str(128 + number)):
+            train.main(again)
+        assert "ended at once" in capfd.readouterr().err
+
+
+@slow
+def test_a_full_disk_leaves_the_checkpoint_intact(registered, tmp_path, monkeypatch):
+    """When a checkpoint cannot be written, the one before stays whole, and one line says what to do."""
+    resource = pytest.importorskip("resource")  # not on Windows
+    limits, save = resource.getrlimit(resource.RLIMIT_FSIZE), train.Run.save
+    command = ["--game", registered(), "--logdir", str(tmp_path / "run"), *QUICK]
+
+    def full_at_step_40(run):
+        if run.step == 40:  # from here on the system refuses to let a file grow beyond 100 kB
+            resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
+        save(run)
+
+    monkeypatch.setattr(train.Run, "save", full_at_step_40)
+    try:
+        with pytest.raises(train.UsageError, match="File too large.*checkpoint is intact.*--resume"):
+            train.main(command)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert len(list((tmp_path / "run" / "replay-0").glob("*.npz"))) == 2  # the second is of no checkpoint
+    monkeypatch.undo()
+    assert train.load_checkpoint(tmp_path / "run" / "checkpoint.pt", "cpu")["step"] == 20
+    assert train.main([*command, "--resume"]) == 0
+
+
+def test_all_that_a_checkpoint_needs_is_on_the_disk_when_it_takes_its_name(tmp_path, monkeypatch):
+    """Not even a power cut leaves half a checkpoint: every file of it was handed over to the disk, whole. A
+    file that is written at the same time, and half of one left by a killed save, do not meet it."""
+    synced = {}
+
+    def fsync(file):
+        status = os.fstat(file)
+        synced[status.st_ino] = status.st_size
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    run = train.Run(catch_config(tmp_path), Catch())
+    run.remember(run.act())
+    run.log({"a line": 1})
+    (tmp_path / "replay-0").mkdir()
+    (tmp_path / "replay-0" / "000000000-000000004.npz.tmp").write_bytes(b"half")
+    with replacing(tmp_path / "evaluation.json") as score:
+        run.save()
+        score.write(b"score")
+    files = [path.stat() for path in tmp_path.rglob("*") if path.is_file()]
+    assert len(files) == 5 and all(synced[file.st_ino] == file.st_size for file in files)
+
+
+def test_a_non_finite_loss_stops_the_run(tmp_path):
+    """NaN is never trained on silently: the run ends, names the level and losses, writes no checkpoint."""
+    run = train.Run(catch_config(tmp_path), Catch())
+    run.agent.levels[1].world_model.outcome_head[-1].bias.data.fill_(float("nan"))
+    with pytest.raises(FloatingPointError, match="up to step [0-9]+, level 1: not finite: .*train/loss/rew"):
+        train.train(run, progress=False)
+    assert not (tmp_path / "checkpoint.pt").exists()
 
 
 @slow
 @pytest.mark.parametrize("lengths", [
     itertools.repeat(1), [10 ** 9], np.random.default_rng(0).geometric(0.1, 200)],
     ids=["of one step", "endless", "of random lengths"])
-def test_a_run_survives_odd_episodes(lengths, tmp_path):
-    """Episodes of one step, of any length, without an end; rings wrapped many times; levels that have too
-    little to learn from yet: all rewards and ends reach all replays, no sequence is torn, and a level updates
-    from the moment when its replay holds one sequence."""
+def test_a_run_survives_odd_episodes(lengths, registered, tmp_path):
+    """Episodes of one step, of any length, without an end, every second cut by a time limit; rings wrapped
+    many times; levels that have too little to learn from yet: all rewards and ends reach all replays, no
+    sequence is torn, and level i is updated every train_every k^i steps once it holds one sequence."""
     config = catch_config(tmp_path, levels=3, k=2, steps=150, warmup=0, train_every=4, batch_size=4,
                           batch_length=6, replay_size=24, starts=8, horizon=3)
-    run, stored = train.Run(config, Odd(lengths)), [[] for _ in range(3)]
+    name = registered(lengths=lengths, reward=lambda env: float(env.steps), cut=lambda episode: episode % 2)
+    run, stored = train.Run(config, train.make_env(name)), [[] for _ in range(3)]
     for replay, steps in zip(run.replays, stored):
         def add(step, add=replay.add, steps=steps):
             steps.append(step | {"at": run.step})
@@ -1339,58 +1438,34 @@ def test_a_run_survives_odd_episodes(lengths, tmp_path):
         assert (np.flatnonzero(field["is_first"]) == np.append(0, ends + 1)[:field["is_first"].sum()]).all()
         assert (field["is_terminal"][ends] == (np.arange(len(ends)) % 2 == 0)).all()
         rewards = [rewards.sum() for rewards in np.split(field["reward"], ends + 1)[:len(ends)]]
-        assert rewards == run.env.returns[:len(ends)] == [score for _, score in run.curve][:len(ends)]
+        assert rewards == [score for _, score in run.curve][:len(ends)] and len(ends) == len(run.curve)
         sequences = np.lib.stride_tricks.sliding_window_view(field["reward"][-replay.capacity:], 6)
         assert set(map(tuple, replay.sample(100)["reward"])) <= set(map(tuple, sequences))
         stride = 4 * 2 ** i
         assert run.updates[i] == sum((field["at"] < step).sum() >= 6 for step in range(stride, 151, stride))
-    assert run.replays[0].total > 6 * run.replays[0].capacity and len(ends) == len(run.curve)
+    assert run.replays[0].total > 6 * run.replays[0].capacity
 
 
-@slow
-def test_profile_counts_what_an_update_does(tmp_path, monkeypatch, capsys):
-    """results/profile.py trains each level a few times, says what an update costs, and leaves nothing but its
-    file; a view is no operation."""
-    flags = "--preset debug --device cpu --levels 2 --logdir".split()
-    monkeypatch.setattr(sys, "argv", ["profile.py", *flags, str(tmp_path / "run")])
-    monkeypatch.setattr(sys, "path", ["", *sys.path])
-    script = runpy.run_path(str(HERE / "results" / "profile.py"), run_name="__main__")
-    assert [path.name for path in (tmp_path / "run").iterdir()] == ["profile.json"]
-    found, text = json.loads((tmp_path / "run" / "profile.json").read_text()), capsys.readouterr().out
-    hours = 1200 * (found["act_seconds"] + found["env_seconds"]) / 3600
-    for i, level in enumerate(found["levels"]):
-        assert level["cost"] == pytest.approx(level["seconds"] * level["matmul_gflops"])
-        assert f"level {i}: " in text and level["dispatched_ops"] > 500
-        hours += 900 / (10 * 4 ** i) * (level["seconds"] + level["sample_seconds"]) / 3600
-    assert found["levels"][0]["gflop"] > found["levels"][1]["gflop"]  # it has the images
-    assert found["projected_hours"] == pytest.approx(hours)
-    with script["Operations"]() as operations:
-        x = torch.ones(16, 16)
-        (x.T @ x) @ x[:, :4]
-    assert operations.count == 3  # and the ones
+def test_every_setting_is_read(registered, tmp_path, monkeypatch):
+    """No setting is without effect: a run asks for each, or the constructors of a level do. No other name is
+    in a preset, and all presets pass the checks."""
+    asked = {name for kind in (Level, WorldModel) for name in inspect.signature(kind).parameters}
 
+    class Asked(train.Config):
+        def __getattribute__(self, name):
+            asked.add(name)
+            return super().__getattribute__(name)
 
-def test_a_non_finite_loss_stops_the_run(tmp_path):
-    """NaN is never trained on silently: the run ends, names the level and losses, writes no checkpoint."""
-    run = train.Run(catch_config(tmp_path), Catch())
-    run.agent.levels[1].world_model.outcome_head[-1].bias.data.fill_(float("nan"))
-    with pytest.raises(FloatingPointError, match="up to step [0-9]+, level 1: not finite: .*train/loss/rew"):
-        train.train(run, progress=False)
-    assert not (tmp_path / "checkpoint.pt").exists()
-
-
-def test_every_setting_is_read():
-    """No setting is without effect: each field of Config is used in train.py, apart from its definition."""
-    source = Path(train.__file__).read_text()
-    body = source[source.index("class UsageError"):]
-    for field in dataclasses.fields(train.Config):
-        used = re.search(rf'(\b(config|c)\.{field.name}\b)|"{field.name}"', body)
-        # The three weights are read as name + "_weight".
-        assert used or field.name.endswith("_weight"), field.name
+    monkeypatch.setattr(train, "Config", Asked)
+    assert train.main(["--game", registered(), "--logdir", str(tmp_path), *QUICK, "--warmup", "1"]) == 0
+    names = {field.name for field in dataclasses.fields(Asked)}
+    # The weights of rewards are read by the names of the rewards.
+    assert names - asked == {"extrinsic_weight", "subgoal_weight", "novelty_weight"}
     for name, preset in train.PRESETS.items():
-        assert preset.keys() <= {field.name for field in dataclasses.fields(train.Config)}, name
-        train.make_config({"preset": name})
+        assert preset.keys() <= names and train.make_config({"preset": name, "device": "cpu"}).preset == name
 
+
+# The command line.
 
 @pytest.fixture
 def refused(monkeypatch, capfd, tmp_path):
@@ -1411,57 +1486,85 @@ def refused(monkeypatch, capfd, tmp_path):
         return line
 
     monkeypatch.chdir(tmp_path)
-    for name in ("stdout", "stderr"):  # a program wraps them
-        monkeypatch.setattr(sys, name, getattr(sys, name))
     return run
 
 
-@pytest.mark.parametrize("flags, words", [
-    ("--game pnog", ["unknown game 'pnog'", "pong"]),
-    ("--gmae pong", ["unrecognized arguments: --gmae pong", "--help"]),
-    ("pong", ["pong"]),
-    ("--batch_length 1", ["--batch_length 1", "at least 2"]),
-    ("--subgoal_classes 1", ["--subgoal_classes 1", "2 to 255"]),
-    ("--state_size 12", ["state_size 12", "multiple of"]),
-    ("--replay_size 240", ["--replay_size 240", "sequence of 16"]),
-    ("--replay_size 1000000000000", ["--replay_size 1000000000000", "Unable to allocate"]),
-    ("--steps 299", ["--steps 299", "first update", "--warmup 300"]),
-    ("--device cuda:99", ["--device cuda:99"]),
-    ("--device gpu", ["--device gpu"]),
-    ("--device meta", ["--device meta", "cpu and cuda can"]),
-    ("--device mps", ["--device mps", "cpu and cuda can"]),
-    ("--game cartpole", ["unknown game 'cartpole'", "CartPole-v1"]),
-    ("--game CartPole-v7", ["unknown game 'CartPole-v7'", "CartPole-v1"]),
-    ("--game froway-v1", ["unknown game 'froway-v1'", "freeway"]),
-    ("--game xyz", ["unknown game 'xyz'", "pong", "CartPole-v1", "my_module:MyEnv-v0"]),
-    ("--game no_such_module:Game-v0", ["--game no_such_module:Game-v0", "ModuleNotFoundError"]),
-    ("--game json:Game-v0", ["unknown game 'json:Game-v0'"]),
-    ("--logdir", ["--logdir", "expected one argument"]),
-    ("--logdir file/run", ["--logdir file/run", "cannot be used", "Not a directory"]),
-    ("--logdir file", ["--logdir file", "cannot be used", "File exists"]),
-    ("--logdir /proc/run", ["--logdir /proc/run", "cannot be used"]),
-    ("--logdir full", ["full has other files and no checkpoint.pt", "another --logdir"]),
-    ("--resume --logdir full", ["full has other files and no checkpoint.pt"]),
-])
-def test_bad_input_is_one_clear_line(refused, tmp_path, flags, words):
-    """Whatever is wrong on the command line is said in one line, with what would be right."""
+def changed(**entries):
+    """A damage: a checkpoint with other entries; config_... are those of its settings."""
+    def damage(path):
+        checkpoint = torch.load(path, weights_only=True)
+        settings = {name[7:]: value for name, value in entries.items() if name.startswith("config_")}
+        checkpoint["config"] |= settings
+        torch.save(checkpoint | {name: entries[name] for name in entries if name[7:] not in settings}, path)
+    return damage
+
+
+class Trap:
+    """A pickle that creates a file when it is loaded carelessly."""
+
+    def __reduce__(self):
+        return open, ("trapped", "w")
+
+
+BEGIN, RESUME = "train.py --preset debug --device cpu ", "train.py --resume --logdir run --device cpu "
+EVALUATE = "evaluate.py run --episodes 1 --device cpu"
+
+
+@pytest.mark.parametrize("command, damage, words", [
+    (BEGIN + "--game pnog", None, "unknown game 'pnog'; nearest: pong"),
+    (BEGIN + "--game CartPole-v7", None, "nearest: CartPole-v1"),
+    (BEGIN + "--game xyz", None, "nearest: none; .*my_module:MyEnv-v0"),
+    (BEGIN + "--game no_such:Game-v0", None, "--game no_such:Game-v0: importing no_such fails: Module"),
+    (BEGIN + "--game json:Game-v0", None, "unknown game 'json:Game-v0'"),
+    (BEGIN + "--gmae pong", None, "unrecognized arguments: --gmae pong; --help"),
+    (BEGIN + "--logdir", None, "--logdir: expected one argument"),
+    (BEGIN + "--preset quick", None, "--preset: invalid choice: 'quick'"),
+    (BEGIN + "--batch_length 1", None, "--batch_length 1 is out of range: 2 to "),
+    (BEGIN + "--subgoal_classes 256", None, "--subgoal_classes 256 is out of range: 2 to 255"),
+    (BEGIN + "--model_lr nan", None, "--model_lr nan is out of range"),
+    (BEGIN + "--model_lr inf", None, "--model_lr inf is out of range"),
+    (BEGIN + "--steps many", None, "--steps: invalid int value: 'many'"),
+    (BEGIN + "--steps 299", None, "--steps 299 ends before the first update, at --warmup 300"),
+    (BEGIN + "--state_size 12", None, "agent cannot be made: .*state_size 12.*multiple of"),
+    (BEGIN + "--replay_size 240", None, "agent cannot be made: .*replay of .* steps cannot hold .* 16"),
+    (BEGIN + "--replay_size 1000000000000", None, "agent cannot be made: .*Unable to allocate"),
+    (BEGIN + "--device cuda:99", None, "--device cuda:99"),
+    (BEGIN + "--device mps", None, "--device mps: only cpu and cuda can"),
+    (BEGIN + "--logdir file/run", None, "--logdir file/run .*NotADirectoryError"),
+    (BEGIN + "--logdir /proc/run", None, "--logdir /proc/run"),
+    (BEGIN + "--logdir full", None, "full has other files and no checkpoint.pt: choose another --logdir"),
+    (BEGIN + "--logdir full --resume", None, "full has other files and no checkpoint.pt"),
+    (BEGIN + "--logdir run", None, "run already exists: add --resume"),
+    (RESUME + "--levels 3", None, "--levels: the run has 2"),
+    (RESUME + "--game boxing", None, "--game: the run has breakout"),
+    (RESUME, lambda path: path.write_bytes(b"no checkpoint"), "run/checkpoint.pt cannot be used: "),
+    (RESUME, lambda path: path.write_bytes(path.read_bytes()[:9999]), "run/checkpoint.pt cannot be used: "),
+    (RESUME, lambda path: torch.save(Trap(), path), "run/checkpoint.pt cannot be used: UnpicklingError"),
+    (EVALUATE, lambda path: torch.save(Trap(), path), "run/checkpoint.pt cannot be used: UnpicklingError"),
+    (EVALUATE, changed(config_levels=99), "run/checkpoint.pt cannot be used: .*--levels 99"),
+    (RESUME, changed(config_momentum=1), "run/checkpoint.pt cannot be used: TypeError.*momentum"),
+    (RESUME, changed(config_hidden=32), "run/checkpoint.pt cannot be used: RuntimeError.*size mismatch"),
+    (RESUME, changed(replay_totals=[2, 1]), "run/checkpoint.pt cannot be used: .*the checkpoint needs 2"),
+    (RESUME, changed(optimisers=[3]), "run/checkpoint.pt cannot be used: AttributeError"),
+    (RESUME, changed(env={"ale": np.zeros(9, np.uint8), "rng": {}}), "run/checkpoint.pt cannot be used: "),
+    (RESUME, lambda path: torch.save({n: v for n, v in torch.load(path, weights_only=True).items()
+                                      if n != "optimisers"}, path), "is an exported agent: it can be played"),
+    (RESUME, lambda path: path.with_name("replay-0").joinpath("000000000-000000001.npz").write_bytes(b"ring"),
+     "run/checkpoint.pt cannot be used: ValueError, run/replay-0.* is damaged"),
+    (RESUME, lambda path: path.with_name("replay-1").joinpath("000000000-000000001.npz").unlink(),
+     "run/checkpoint.pt cannot be used: ValueError, run/replay-1 holds the replay up to step 0")],
+    ids=lambda value: value[9:].replace(BEGIN[9:], "") if isinstance(value, str) else "")
+def test_what_a_user_can_mend_is_one_clear_line(command, damage, words, refused, saved_run, tmp_path):
+    """A wrong command, setting, name, directory or file is named, with what would be right; nothing is
+    written, and nothing in a checkpoint is executed."""
     (tmp_path / "file").write_text("")
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "letter.txt").write_text("not a run")
-    line = refused("train.py", "--preset", "debug", "--device", "cpu", *flags.split())
-    assert all(word in line for word in words), line
-
-
-@slow
-def test_every_setting_is_checked(refused):
-    """What is not of a setting's type, no choice of its, or just out of its range is refused by name."""
-    for field in dataclasses.fields(train.Config):
-        low, high, choices = (field.metadata[name] for name in ("low", "high", "choices"))
-        wrong = ["what"] * (field.type is not str or choices is not None)
-        wrong += ["nan", "inf"] * (field.type is float)
-        wrong += [(low or 0) - 1] * (low is not None) + [(high or 0) + 1] * (high is not None)
-        for value in wrong:
-            assert f"--{field.name}" in refused("train.py", f"--{field.name}={value}")
+    shutil.copytree(saved_run, tmp_path / "run")
+    if damage:
+        damage(tmp_path / "run" / "checkpoint.pt")
+    line = refused(*command.split())
+    assert re.search(words, line) and "weights_only" not in line, line
 
 
 def test_a_game_without_its_rom_is_one_clear_line(refused, monkeypatch, tmp_path):
@@ -1470,179 +1573,66 @@ def test_a_game_without_its_rom_is_one_clear_line(refused, monkeypatch, tmp_path
     assert "pong cannot be made: " in refused("train.py", "--game", "pong", "--preset", "debug")
 
 
-@slow
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_signals_save_first(number, tmp_path):
-    """Ctrl+C and SIGTERM save the run and say how to continue it; continued, it ends with a score."""
-    command = [sys.executable, "train.py", "--logdir", str(tmp_path / "run"), "--device", "cpu"]
-    settings = "--game breakout --preset debug --warmup 0 --steps 100000 --save_every 100000 --log_every 20"
-    process = subprocess.Popen([*command, *settings.split()], cwd=HERE, stdout=subprocess.PIPE,
-                               stderr=subprocess.DEVNULL, text=True)
-    log = tmp_path / "run" / "metrics.jsonl"
-    while not (log.exists() and log.stat().st_size):
-        assert process.poll() is None
-        time.sleep(0.1)
-    process.send_signal(number)
-    output, _ = process.communicate(timeout=60)
-    assert process.returncode == 128 + number and "continue with: python train.py" in output
-    step = int(re.search(r"stopped at step (\d+)", output)[1])
-    resumed = subprocess.run([*command, "--resume", "--steps", str(step + 10), "--eval_episodes", "1"],
-                             cwd=HERE, capture_output=True, text=True)
-    assert resumed.returncode == 0 and f"resumed at step {step}" in resumed.stdout
-    assert f"breakout after {step + 10} steps: score" in resumed.stdout
-    summary = json.loads((tmp_path / "run" / "evaluation.json").read_text())
-    assert summary["agent_steps"] == step + 10 and len(summary["returns"]) == 1
-
-
-@slow
-def test_killed_at_any_moment_a_run_ends_as_if_undisturbed(tmp_path):
-    """SIGKILL at random moments, resume, again and again: in the end every line of metrics.jsonl is there
-    exactly once and the weights are bitwise those of a run that nobody killed."""
-    def command(name):
-        return [sys.executable, "train.py", "--logdir", str(tmp_path / name), "--device", "cpu"]
-
-    quiet = dict(cwd=HERE, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    settings = ("--game breakout --preset debug --steps 450 --warmup 200"
-                " --save_every 30 --log_every 50 --eval_episodes 1")
-    subprocess.run([*command("whole"), *settings.split()], check=True, **quiet)
-    delays, flags, kills = np.random.default_rng(0).uniform(0.1, 1.5, 3), settings.split(), 0
-    for delay in delays:
-        process = subprocess.Popen([*command("killed"), *flags], **quiet)
-        checkpoint = tmp_path / "killed" / "checkpoint.pt"
-        before = checkpoint.stat().st_mtime_ns if checkpoint.exists() else 0
-        while process.poll() is None and not (checkpoint.exists() and checkpoint.stat().st_mtime_ns > before):
-            time.sleep(0.01)  # a first checkpoint of this process, so that every round gets further
-        time.sleep(delay)
-        kills += process.poll() is None
-        process.kill()
-        process.wait()
-        flags = ["--resume"]
-    subprocess.run([*command("killed"), "--resume"], check=True, **quiet)
-    assert kills and metrics_of(tmp_path / "killed") == metrics_of(tmp_path / "whole")
-    weights = [train.load_checkpoint(tmp_path / name / "checkpoint.pt", "cpu")["weights"]
-               for name in ("whole", "killed")]
-    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
-
-
-@slow
-def test_a_full_disk_leaves_the_checkpoint_intact(tmp_path, monkeypatch, capsys):
-    """When a checkpoint cannot be written, the one before stays whole, and one line says what to do."""
-    settings = ["--game", "breakout", "--preset", "debug", "--device", "cpu", "--warmup", "0",
-                "--logdir", str(tmp_path / "run"), "--steps", "60", "--save_every", "20"]
-    resource = pytest.importorskip("resource")  # not on Windows
-    limits, save = resource.getrlimit(resource.RLIMIT_FSIZE), train.Run.save
-
-    def full_at_step_40(run):
-        if run.step == 40:  # from here on the system refuses to let a file grow beyond a megabyte
-            resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, limits[1]))
-        save(run)
-
-    monkeypatch.setattr(train.Run, "save", full_at_step_40)
-    try:
-        with pytest.raises(train.UsageError, match="File too large.*intact: make room.*--resume"):
-            train.main(settings)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    assert len(list((tmp_path / "run" / "replay-0").glob("*.npz"))) == 2  # the second is of no checkpoint
-    monkeypatch.undo()
-    resume = ["--logdir", str(tmp_path / "run"), "--resume", "--steps", "50", "--eval_episodes", "1"]
-    assert train.main(resume) == 0
-    assert "resumed at step 20" in capsys.readouterr().out
-
-
-def test_a_run_may_be_scored_while_it_saves(tmp_path):
-    """Two files that are written into one directory at the same time do not meet; what a killed save left of
-    a replay is gone with the next."""
-    with replacing(tmp_path / "checkpoint.pt") as one, replacing(tmp_path / "evaluation.json") as other:
-        one.write(b"weights")
-        other.write(b"score")
-    assert (tmp_path / "checkpoint.pt").read_bytes() == b"weights"
-    assert (tmp_path / "evaluation.json").read_bytes() == b"score" and len(list(tmp_path.iterdir())) == 2
-    (tmp_path / "000000000-000000004.npz.tmp").write_bytes(b"half")
-    Replay({"t": ((), np.int32)}, 8, 2, 0.0, np.random.default_rng(0)).prune(tmp_path)
-    assert len(list(tmp_path.iterdir())) == 2
-
-
-def test_all_that_a_checkpoint_needs_is_on_the_disk_when_it_takes_its_name(tmp_path, monkeypatch):
-    """Not even a power cut leaves half a checkpoint: every file of it was handed over to the disk, whole."""
-    synced = {}
-
-    def fsync(file):
-        status = os.fstat(file)
-        synced[status.st_ino] = status.st_size
-
-    monkeypatch.setattr(os, "fsync", fsync)
-    run = train.Run(catch_config(tmp_path), Catch())
-    run.remember(run.act())
-    run.log({"a line": 1})
-    run.save()
-    files = [path.stat() for path in tmp_path.rglob("*") if path.suffix in (".pt", ".npz", ".jsonl")]
-    assert len(files) == 4 and all(synced[file.st_ino] == file.st_size for file in files)
-
-
-@pytest.mark.parametrize("spelling", ["ms_pacman", "MsPacman", "mspacman", "Ms-Pacman", "MS PACMAN",
-                                      "ALE/MsPacman-v5", "MsPacmanNoFrameskip-v4", "MsPacmanDeterministic-v0",
-                                      "MsPacman-v4"])
+@pytest.mark.parametrize("spelling", ["ms_pacman", "MsPacman", "Ms-Pacman", "MS PACMAN", "ALE/MsPacman-v5",
+                                      "MsPacmanNoFrameskip-v4", "MsPacmanDeterministic-v0", "MsPacman-v4"])
 def test_games_may_be_spelled_as_people_do(spelling):
     """Any spelling of a game finds it, others' names for it too; all 26 games of the benchmark are there."""
     assert train.game_name(spelling) == "ms_pacman"
     assert len(train.REFERENCE) == 26 and all(train.game_name(game) == game for game in train.REFERENCE)
 
 
-def test_screen_is_averaged_by_area():
-    """Each of the 64x64 pixels is the mean of the screen over its area of 3.28 x 2.5 pixels, rounded."""
-    env = train.Atari("breakout")
-    env.reset(seed=0)
-    for action in (1, 2, 3, 2, 0):
-        observation, *_ = env.step(action)
-    screen = np.maximum(env.previous, env.screen).astype(np.float64)
-    assert observation.shape == (64, 64, 3) and observation.dtype == np.uint8 and observation.max() > 100
-    for row, column in ((0, 0), (5, 7), (31, 32), (50, 13), (63, 63)):
-        top, left = row * 210 / 64, column * 160 / 64
-        rows = [max(0, min(top + 210 / 64, r + 1) - max(top, r)) for r in range(210)]
-        columns = [max(0, min(left + 2.5, c + 1) - max(left, c)) for c in range(160)]
-        mean = np.einsum("r,c,rcd->d", rows, columns, screen) / (210 / 64 * 2.5)
-        assert np.abs(observation[row, column] - mean).max() <= 0.5 + 1e-3
+@slow
+def test_a_closed_output_costs_no_score(tmp_path):
+    """With standard output and error closed a run trains to its end, writes its score and exits with 0."""
+    command = [sys.executable, "train.py", "--game", "CartPole-v1", "--logdir", str(tmp_path / "run"), *QUICK]
+    assert subprocess.run(["sh", "-c", 'exec "$@" >&- 2>&-', "sh", *command], cwd=HERE).returncode == 0
+    assert len(json.loads((tmp_path / "run" / "evaluation.json").read_text())["returns"]) == 2
 
 
-def test_actions_repeat_and_the_end_is_seen():
-    """One agent step is four frames with their rewards summed; the last observation shows the frame on which
-    it ended, and reaching the frame limit is truncation, not termination."""
-    env = train.Atari("pong")
-    env.reset(seed=0)
-    frames, calls = env.frames, []
-    original = env.game.step
-
-    def ends_on_the_second_frame(action):
-        screen, _, _, truncated, info = original(action)
-        calls.append(action)
-        return np.full_like(screen, min(10 * len(calls), 60)), 1.0, len(calls) == 6, truncated, info
-
-    env.game.step = ends_on_the_second_frame
-    observation, reward, terminated, truncated, _ = env.step(2)
-    assert calls == [2] * 4 and reward == 4 and not terminated
-    assert env.frames == frames + 4 and (observation == 40).all()
-    observation, reward, terminated, truncated, _ = env.step(3)
-    assert calls[4:] == [3, 3] and reward == 2 and terminated and not truncated and (observation == 60).all()
-    env.reset()
-    env.frames = env.MAX_FRAMES - 2
-    _, _, terminated, truncated, _ = env.step(0)
-    assert truncated and not terminated
+def test_a_run_directory_is_for_one_run(registered, refused, tmp_path, monkeypatch):
+    """The very same command works again after a first save that met a full disk, with or without --resume;
+    --resume where there is nothing yet begins. A second process is refused before it touches anything; the
+    lock that a killed one leaves blocks nobody. ~ is the home folder."""
+    fcntl = pytest.importorskip("fcntl")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for flags in ([], ["--resume"]):
+        command = ["--game", registered(), f"--logdir=~/run {len(flags)}", *QUICK, *flags]
+        directory = tmp_path / f"run {len(flags)}"
+        with monkeypatch.context() as patch, pytest.raises(OSError, match="No space left"):
+            patch.setattr(torch, "save", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left")))
+            train.main(command)
+        assert (directory / "checkpoint.pt.tmp").exists() and not (directory / "checkpoint.pt").exists()
+        with open(directory / "lock") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            assert "is in use" in refused("train.py", *command)
+        assert train.main(command) == 0 and metrics_of(directory)[0]["step"] == 10
+        (directory / "checkpoint.pt").unlink()  # there is a result: more than such remains
+        assert "has other files and no checkpoint.pt" in refused("train.py", *command)
+    assert not (tmp_path / "~").exists()
 
 
-def test_emulator_continues_bitwise_after_it_is_restored():
-    """A restored game shows the same frames, gives the same rewards, draws the same no-ops when reset."""
-    env, other = train.Atari("breakout"), train.Atari("breakout")
-    env.reset(seed=3)
-    actions = np.random.default_rng(0).integers(4, size=60)
-    for action in actions[:20]:
-        env.step(action)
-    other.set_state(train.tree_map(train.unpack, train.tree_map(train.pack, env.get_state())))
-    for action in actions[20:]:
-        a, b = env.step(action), other.step(action)
-        assert (a[0] == b[0]).all() and a[1:4] == b[1:4]
-    assert (env.reset()[0] == other.reset()[0]).all() and env.frames == other.frames
+def test_a_score_is_on_the_disk_before_it_is_printed_and_is_kept(registered, tmp_path, monkeypatch):
+    """Whether a score can be written is known before it is played for. It survives an output that has gone
+    away; when the run is extended, its file gets a name with its step. Where it cannot be written, the line
+    says a command that works for any directory."""
+    directory, played, evaluation = tmp_path / "it's a run", [], train.evaluation
+    command = ["--game", registered(), "--logdir", str(directory), *QUICK]
+    monkeypatch.setattr(train, "evaluation", lambda *given: played.append(0) or evaluation(*given))
+    with monkeypatch.context() as patch, pytest.raises(BrokenPipeError):
+        patch.setattr(train, "report", lambda _: (_ for _ in ()).throw(BrokenPipeError(32, "gone")))
+        train.main(command)
+    first = (directory / "evaluation.json").read_text()
+    assert train.main([*command, "--resume", "--steps", "70"]) == 0 and len(played) == 2
+    assert (directory / "evaluation-step60.json").read_text() == first
+    assert json.loads((directory / "evaluation.json").read_text())["agent_steps"] == 70
+    (directory / "evaluation.json.tmp").mkdir()
+    again = re.escape(f"""{tmp_path}/it'"'"'s a run' --resume""")
+    with pytest.raises(train.UsageError, match="checkpoint is intact.*--logdir '" + again):
+        train.main([*command, "--resume", "--steps", "80"])
+    assert len(played) == 2
 
+
+# Atari.
 
 class FakeGame:
     """An emulator whose frames are known. Left and right half of a screen are each of one shade, which rises
@@ -1674,49 +1664,71 @@ def fake_atari(**options):
     return env
 
 
-def test_the_observation_is_the_maximum_of_the_last_two_frames_and_of_no_others():
-    """Sprites drawn on alternate frames are all there; what was brighter earlier is not."""
-    env = fake_atari()
+def test_an_action_is_repeated_and_the_last_two_frames_are_seen():
+    """One agent step is four frames with their rewards summed, or fewer where the game ends. Sprites drawn on
+    alternate frames are all there, also those of the last frame; what was brighter earlier is not."""
+    env = fake_atari(length=203)
     env.reset(seed=1)
-    for _ in range(50):
-        before = env.game.frame
-        observation, reward, *_ = env.step(3)
+    terminated, steps = False, 0
+    while not terminated:
+        before, steps = env.game.frame, steps + 1
+        observation, reward, terminated, truncated, _ = env.step(3)
         last = env.game.frame
-        assert last == before + 4 and reward == sum(range(before + 1, last + 1))
-        assert env.game.actions[-4:] == [3] * 4
+        assert last == min(before + 4, 203) and reward == sum(range(before + 1, last + 1)) and not truncated
+        assert env.game.actions[before - last:] == [3] * (last - before) and terminated == (last == 203)
         for half in (0, 1):  # the one was drawn on the last frame, the other on the one before
             shade = env.game.SHADES[(last if last % 2 == half else last - 1) % 1000, half]
             assert (observation[:, 32 * half:32 * half + 32] == shade).all()
+    assert steps > 40
 
 
-def test_an_episode_begins_with_0_to_30_no_ops():
-    """As many as the environment's own random numbers say, each number occurs, and after an end among them
-    the game is reset."""
-    env = fake_atari()
-    env._observation = lambda: None
+def test_an_episode_begins_with_0_to_30_no_ops_and_ends_after_108000_frames(monkeypatch):
+    """As many no-ops as the environment's own random numbers say, each number occurs, and after an end among
+    them the game is reset. The published limit, in frames of the emulator, no-ops included, truncates."""
+    env, counts = fake_atari(), []
+    monkeypatch.setattr(train, "shrink", lambda image: None)
     env.reset(seed=0)
-    counts = []
     for _ in range(400):
         env.reset()
         counts.append(len(env.game.actions))
         assert set(env.game.actions) <= {0} and env.frames == counts[-1]
     assert set(counts) == set(range(31))
+    ends, steps = (False, False), 0
+    while not any(ends):
+        ends, steps = env.step(0)[2:4], steps + 1
+    assert ends == (False, True) and env.game.frame == 108_000 and 27_000 - 8 <= steps <= 27_000
     env.game.length = 1  # it ends after a single frame
     env.reset()
-    assert env.game.frame == 0 and env.previous is env.screen  # and not the old episode's
+    assert env.game.frame == 0 and env.screens[0] is env.screens[1]  # and not the old episode's
 
 
-def test_an_episode_ends_after_108000_frames_by_truncation():
-    """That is the published limit, in frames of the emulator, no-ops included."""
-    env = fake_atari()
-    env._observation = lambda: None
-    env.reset(seed=0)
-    truncated, steps = False, 0
-    while not truncated:
-        _, _, terminated, truncated, _ = env.step(0)
-        steps += 1
-        assert not terminated
-    assert env.game.frame == 108_000 and steps <= 27_000 == env.max_steps
+def test_screen_is_averaged_by_area():
+    """Each of the 64x64 pixels is the mean of the screen over its area of 3.28 x 2.5 pixels, rounded, in
+    float32 also where the agent beside it computes in bfloat16."""
+    screen = np.random.default_rng(0).integers(0, 256, (210, 160, 3), np.uint8)
+    with torch.autocast("cpu", torch.bfloat16):
+        observation = train.shrink(screen)
+    assert observation.shape == (64, 64, 3) and observation.dtype == np.uint8
+    for row, column in ((0, 0), (5, 7), (31, 32), (50, 13), (63, 63)):
+        top, left = row * 210 / 64, column * 160 / 64
+        rows = [max(0, min(top + 210 / 64, r + 1) - max(top, r)) for r in range(210)]
+        columns = [max(0, min(left + 2.5, c + 1) - max(left, c)) for c in range(160)]
+        mean = np.einsum("r,c,rcd->d", rows, columns, screen.astype(float)) / (210 / 64 * 2.5)
+        assert np.abs(observation[row, column] - mean).max() <= 0.5 + 1e-3
+
+
+def test_emulator_continues_bitwise_after_it_is_restored():
+    """A restored game shows the same frames, gives the same rewards, draws the same no-ops when reset."""
+    env, other = train.Atari("breakout"), train.Atari("breakout")
+    env.reset(seed=3)
+    actions = np.random.default_rng(0).integers(4, size=60)
+    for action in actions[:20]:
+        env.step(action)
+    other.set_state(env.get_state())
+    for action in actions[20:]:
+        a, b = env.step(action), other.step(action)
+        assert (a[0] == b[0]).all() and a[1:4] == b[1:4]
+    assert (env.reset()[0] == other.reset()[0]).all() and env.frames == other.frames
 
 
 @pytest.mark.parametrize("game, actions", [("pong", 6), ("breakout", 4), ("freeway", 3), ("boxing", 18)])
@@ -1736,173 +1748,68 @@ def test_all_games_play():
         env = train.make_env(game)
         assert env.observation_space.contains(env.reset()[0]), game  # a seed would load it again
         assert env.observation_space.contains(env.step(env.action_space.n - 1)[0]), game
-        rows.add(len(env.screen))
-        env.close()
+        rows.add(len(env.screens[1]))
     assert {210, 250} <= rows
 
 
-def test_bfloat16_never_touches_the_game():
-    """An image is shrunk exactly, also where the agent beside it computes in bfloat16."""
-    image = np.random.default_rng(0).integers(0, 256, (210, 160, 3), np.uint8)
-    with torch.autocast("cpu", torch.bfloat16):
-        found = train.shrink(image)
-    assert (found == train.shrink(image)).all()
+# Environments of other people.
 
-
-def test_autocast_keeps_no_stale_weights():
-    """With bf16, a weight that changes inside an update is used as it is, and one that was first used under
-    no_grad, as in a dream, gets a gradient nevertheless."""
-    layer, x = torch.nn.Linear(8, 8), torch.ones(1, 8)
-    with train.autocast(train.Config(device="cpu", precision="bf16")):
-        with torch.no_grad():
-            layer(x)
-        before = layer(x)
-        assert before.dtype == torch.bfloat16
-        before.float().sum().backward()
-        assert layer.weight.grad.abs().sum() > 0
-        with torch.no_grad():
-            layer.weight.add_(1)
-        assert not torch.equal(layer(x), before)
-
-
-@pytest.mark.parametrize("precision", ["bf16", "tf32"])
-def test_every_network_learns_at_every_precision(precision, tmp_path):
-    """A run in bfloat16 changes each of its parameters, as one in float32 does; TF32 is asked for only when
-    it was chosen."""
-    run = train.Run(catch_config(tmp_path, steps=80, warmup=0, train_every=10, batch_length=8,
-                                 batch_size=4, starts=32, precision=precision), Catch())
-    assert torch.backends.cuda.matmul.allow_tf32 is torch.backends.cudnn.allow_tf32 is (precision == "tf32")
-    before = {name: value.clone() for name, value in run.agent.named_parameters()}
-    train.train(run, progress=False)
-    assert min(run.updates) > 0
-    for name, value in run.agent.named_parameters():
-        assert not torch.equal(value, before[name]), name
-    train.make_agent(catch_config(tmp_path, precision="float32"), Catch())
-    assert not torch.backends.cuda.matmul.allow_tf32 and not torch.backends.cudnn.allow_tf32
-
-
-# Environments of our own, registered as users do it.
-
-class Tiny(gymnasium.Env):
-    """Ten steps in a corridor, by default with vectors; options change what it is or what goes wrong."""
-
-    metadata = {"render_modes": ["rgb_array"]}
-
-    def __init__(self, observations=None, actions=None, answer=None, reward=1.0, fault=None,
-                 render_mode=None):
-        self.observation_space = observations or gymnasium.spaces.Box(-1, 20, (3,), np.float64)
-        self.action_space = actions or gymnasium.spaces.Discrete(2)
-        self.answer, self.reward, self.fault, self.render_mode = answer, reward, fault, render_mode
-        self.taken = []
-
-    def observe(self):
-        return np.array([self.t, self.number, 0.5]) if self.answer is None else self.answer
-
-    def reset(self, *, seed=None, options=None):
-        super().reset(seed=seed)
-        self.t, self.number = 0, self.np_random.random()
-        return self.observe(), {}
-
-    def step(self, action):
-        self.t += 1
-        self.taken.append(action)
-        if self.t == 7 and isinstance(self.fault, Exception):
-            raise self.fault
-        observation = self.observe() if self.t != 7 or self.fault is None else self.fault
-        return observation, self.reward, self.t == 10, False, {"unlike": self.t}
-
-    def render(self):
-        return np.full((40, 60, 3), self.t, np.uint8)
-
-
-@pytest.fixture
-def registered():
-    """Registers Tiny with options, or another environment, and returns the name."""
-    def register(kind=Tiny, limit=None, **options):
-        gymnasium.registry.pop("Tiny-v0", None)
-        gymnasium.register("Tiny-v0", kind, max_episode_steps=limit, kwargs=options)
-        return "Tiny-v0"
-
-    yield register
-    gymnasium.registry.pop("Tiny-v0", None)
-
-
-QUICK = ("--preset debug --device cpu --levels 2 --steps 60 --warmup 0 --batch_length 8 --batch_size 2"
-         " --starts 8 --train_every 20 --save_every 20 --log_every 20 --horizon 2").split()
-
-
-@pytest.mark.parametrize("space, answer, seen", [
-    (gymnasium.spaces.Box(-9, 9, (2,), np.float64), np.array([1.5, -2.0]), [1.5, -2.0]),
-    (gymnasium.spaces.Box(0, 99, (2,), np.int32), [7, 9], [7, 9]),
-    (gymnasium.spaces.Discrete(4), 2, [0, 0, 1, 0]),
-    (gymnasium.spaces.Discrete(4, start=-1), np.int64(2), [0, 0, 0, 1]),
-], ids=["floats", "integers", "discrete", "discrete from -1"])
-def test_vectors_of_all_kinds_reach_the_agent(registered, space, answer, seen):
-    """Boxes of one axis as float32, Discrete as one-hot."""
-    env = train.make_env(registered(observations=space, answer=answer))
-    observation, _ = env.reset(seed=0)
-    assert observation.dtype == np.float32 and observation.tolist() == seen
-    assert env.observation_space.shape == observation.shape and (env.step(0)[0] == observation).all()
+@pytest.mark.parametrize("space, given, seen", [
+    (Box(-9, 9, (2,), np.float64), np.array([1.5, -2]), [1.5, -2]), (Box(0, 9, (1,), np.int32), [7], [7]),
+    (Box(-1, 1, (2,)), [1.0000002, -3], np.float32([1.0000002, -3]).tolist()),
+    (Box(0, 255, (2,), np.uint8), [0.5, 300], [0.5, 300]), (Box(0, 1, (1,)), 0.5, [0.5]),
+    (Discrete(4), 2, [0, 0, 1, 0]), (Discrete(4, start=-1), np.int64([2]), [0, 0, 0, 1])], ids=str)
+def test_vectors_of_all_kinds_reach_the_agent(registered, space, given, seen):
+    """Boxes of one axis as float32, beyond their bounds too; Discrete as one-hot. `auto` is then `vector`."""
+    env = train.make_env(registered(observations=space, give=lambda env: given))
+    for observation in (env.reset(seed=0)[0], env.step(0)[0]):
+        assert observation.dtype == np.float32 and observation.tolist() == seen
+        assert env.observation_space.shape == observation.shape
+    assert train.make_config({"game": "Tiny-v0", "device": "cpu"}).preset == "vector"
+    assert all(env.closed for env in Scripted.made[1:])
 
 
 @pytest.mark.parametrize("shape", [(96, 96, 3), (210, 160, 3), (84, 84), (84, 84, 1), (30, 20, 3)])
-def test_images_of_any_size_reach_the_agent(registered, shape):
-    """As 64x64 colours, averaged by the code that Atari uses: brightness stays where it is."""
+@pytest.mark.parametrize("high", [255, 1])
+def test_images_of_any_size_reach_the_agent(registered, shape, high):
+    """As 64x64 colours, averaged by the code that Atari uses; what the space calls the brightest is white."""
     image = np.zeros(shape, np.uint8)
-    image[shape[0] // 2:] = 200
+    image[shape[0] // 2:] = high
     image = image[::-1]  # as renderers give it, whose first row is the lowest
-    env = train.make_env(registered(observations=gymnasium.spaces.Box(0, 255, shape, np.uint8), answer=image))
+    env = train.make_env(registered(observations=Box(0, high, shape, np.uint8), give=lambda env: image))
     for observation in (env.reset(seed=0)[0], env.step(1)[0]):
         assert observation.shape == (64, 64, 3) and observation.dtype == np.uint8
-        assert (observation[:32] == 200).all() and (observation[32:] == 0).all()
+        assert (observation[:32] == 255).all() and (observation[32:] == 0).all()
     assert train.make_config({"game": "Tiny-v0", "device": "cpu"}).preset == "cpu"
 
 
 @pytest.mark.parametrize("options, words", [
-    (dict(observations=spaces.Dict({"a": spaces.Discrete(2)})), ["Dict(", "FlattenObservation"]),
-    (dict(observations=spaces.Tuple([spaces.Discrete(2)])), ["Tuple(", "FlattenObservation"]),
+    (dict(observations=spaces.Dict({"a": Discrete(2)})), ["Dict(", "FlattenObservation"]),
     (dict(observations=spaces.MultiBinary(3)), ["MultiBinary(3)", "FlattenObservation"]),
-    (dict(observations=spaces.MultiDiscrete([3, 2])), ["MultiDiscrete([3 2])", "FlattenObservation"]),
-    (dict(observations=spaces.Box(0, 1, (4, 4))), ["Box(", "FlattenObservation"]),
-    (dict(observations=spaces.Box(0, 1, (64, 64, 3))), ["float32", "images of uint8", "TransformObs"]),
-    (dict(observations=spaces.Box(0, 255, (3, 64, 64), np.uint8)), ["(3, 64, 64)", "TransformObs"]),
-    (dict(actions=spaces.Box(-1, 1, (2,))), ["actions Box(", "Discrete", "TransformAction"]),
-    (dict(actions=spaces.MultiDiscrete([3, 2])), ["actions MultiDiscrete([3 2])", "TransformAction"]),
-    (dict(actions=spaces.Discrete(257)), ["actions Discrete(257)", "up to 256"]),
-    (dict(nonsense=1), ["Tiny-v0 cannot be made", "TypeError", "nonsense"]),
-])
+    (dict(observations=Box(0, 1, (4, 4))), ["Box(", "FlattenObservation"]),
+    (dict(observations=Box(0, 1, (64, 64, 3))), ["float32", "images of uint8", "TransformObservation"]),
+    (dict(observations=Box(0, 255, (3, 64, 64), np.uint8)), ["(3, 64, 64)", "TransformObservation"]),
+    (dict(observations=None), ["observations None"]), (dict(actions=None), ["actions None"]),
+    (dict(actions=Box(-1, 1, (2,))), ["actions Box(", "TransformAction"]),
+    (dict(actions=Discrete(257)), ["actions Discrete(257)", "up to 256"]),
+    (dict(nonsense=1), ["Tiny-v0 cannot be made: TypeError", "nonsense"])])
 def test_unsupported_spaces_are_one_clear_line(registered, refused, options, words):
     """The line names the space found, what is supported and the wrapper that converts it."""
     line = refused("train.py", "--game", registered(**options))
     assert all(word in line for word in ["Tiny-v0", *words]), line
+    assert all(env.closed for env in Scripted.made)
 
 
-def test_actions_may_start_anywhere(registered):
-    """The environment gets its own numbers, the agent counts from 0."""
-    env = train.make_env(registered(actions=gymnasium.spaces.Discrete(3, start=5)))
+def test_actions_may_start_anywhere_and_every_episode_has_a_limit(registered):
+    """The environment gets its own numbers, the agent counts from 0. A time limit cuts an episode without
+    ending it, with its last observation and reward; without one it is Atari's."""
+    env = train.make_env(registered(limit=3, actions=Discrete(3, start=5)))
     env.reset(seed=0)
-    for action in range(3):
-        env.step(np.int64(action))
-    assert env.action_space == gymnasium.spaces.Discrete(3) and env.unwrapped.taken == [5, 6, 7]
-
-
-def test_time_limits_are_truncation_and_every_episode_has_one(registered):
-    """An environment's own limit cuts an episode without ending it, with its last observation and reward; one
-    that has none gets Atari's."""
-    env = train.make_env(registered(limit=4))
-    env.reset(seed=0)
-    steps = [env.step(0) for _ in range(4)]
-    assert [step[2:4] for step in steps] == [(False, False)] * 3 + [(False, True)]
-    assert steps[-1][0][0] == 4 and steps[-1][1] == 1 and env.max_steps == 4
-    assert train.make_env(registered()).max_steps == 27_000
-
-
-def test_levels_learn_as_much_more_rarely_as_they_act(registered, tmp_path):
-    """Level i is updated every train_every k^i steps, once the warmup is over and one sequence is there."""
-    settings = dict(levels=3, train_every=3, k=2, batch_size=2, batch_length=4, starts=8, horizon=2, warmup=6)
-    run = untrained_run(tmp_path, registered(), steps=48, **settings)
-    train.train(run, progress=False)
-    assert run.updates == [15, 7, 4]  # from steps 6, 12 and 12 on: at 6 level 1 has three ticks of four
+    steps = [env.step(np.int64(action)) for action in range(3)]
+    assert env.action_space == Discrete(3) and env.unwrapped.taken == [5, 6, 7]
+    assert [step[2:4] for step in steps] == [(False, False)] * 2 + [(False, True)]
+    assert steps[-1][0][0] == 3 and steps[-1][1] == 1
+    assert train.make_env(registered()).spec.max_episode_steps == 27_000
 
 
 @pytest.mark.parametrize("limit, ends", [(6, 0), (99, 2)])
@@ -1911,21 +1818,23 @@ def test_a_time_limit_is_no_death(registered, tmp_path, limit, ends):
     ended, both. A run goes on under the same commit without naming it twice."""
     command = ["--game", registered(limit=limit), "--logdir", str(tmp_path / "run"), *QUICK]
     assert train.main([*command, "--steps", "25"]) == train.main([*command, "--resume", "--steps", "26"]) == 0
-    run, _ = train.resumed(tmp_path / "run" / "checkpoint.pt", {}, "cpu")
-    for replay in run.replays:
-        steps = {name: array[:replay.total] for name, array in replay.arrays.items()}
-        assert steps["is_last"].sum() == 24 // min(limit, 10) and steps["is_terminal"].sum() == ends
-    assert run.commits == [train.origin()["commit"] + "+" * train.origin()["dirty"]]
+    for i in (0, 1):
+        files = [dict(np.load(path)) for path in (tmp_path / "run" / f"replay-{i}").glob("*.npz")]
+        last, terminal = (sum(file[name].sum() for file in files) for name in ("is_last", "is_terminal"))
+        assert terminal == ends and last == 24 // min(limit, 10)
+    checkpoint = train.load_checkpoint(tmp_path / "run" / "checkpoint.pt", "cpu")
+    assert checkpoint["commits"] == [train.origin()["commit"] + "+" * train.origin()["dirty"]]
 
 
 def test_a_module_of_ones_own(tmp_path, monkeypatch, refused):
-    """--game my_module:MyEnv-v0 imports the module, which registers it; auto finds the preset for vectors."""
+    """--game my_module:MyEnv-v0 imports the module from the working directory, wherever train.py is."""
     (tmp_path / "corridor.py").write_text(
-        "import gymnasium\nfrom test_hieros import Tiny\ngymnasium.register('Corridor-v0', Tiny)\n")
-    monkeypatch.syspath_prepend(tmp_path)
+        "import gymnasium\nfrom test_hieros import Scripted\ngymnasium.register('Corridor-v0', Scripted)\n")
+    monkeypatch.setattr(sys, "path", [path for path in sys.path if path])
     config = train.make_config({"game": "corridor:Corridor-v0", "device": "cpu"})
     assert (config.game, config.preset) == ("corridor:Corridor-v0", "vector")
-    assert config.logdir == "runs/corridor_Corridor-v0-0"
+    given, _ = train.parse_config(["--game", "corridor:Corridor-v0", "--seed", "3"])
+    assert given["logdir"] == "runs/corridor_Corridor-v0-3"
     env = train.make_env(config.game, render_mode="rgb_array")
     env.reset(seed=0)
     assert env.render().shape == (40, 60, 3) and train.make_env(config.game).render_mode is None
@@ -1935,151 +1844,110 @@ def test_a_module_of_ones_own(tmp_path, monkeypatch, refused):
 def test_own_games_are_scored_beside_random_play(registered, tmp_path, capsys):
     """A run of one ends with mean, error and episodes, and with 20 episodes of random play from the same
     evaluation; its result says all that is known of where it comes from."""
-    directory = tmp_path / "a run"
-    assert train.main(["--game", registered(limit=6), "--logdir", str(directory), *QUICK]) == 0
-    text = capsys.readouterr().out
-    assert "score 6.0 +- 0.0 (standard error of 2 episodes); random play 6.0 +- 0.0 (20 episodes)" in text
-    assert "device cpu, float32, writing" in text  # on a CPU TF32 is float32
-    found = json.loads((directory / "evaluation.json").read_text())
-    assert found["random"] is found["human"] is found["human_normalised"] is None
+    assert train.main(["--game", registered(limit=6), "--logdir", str(tmp_path), *QUICK]) == 0
+    said = capsys.readouterr().out
+    assert "score 6.0 +- 0.0 (2 episodes); random play 6.0 +- 0.0 (20 episodes)" in said
+    found = json.loads((tmp_path / "evaluation.json").read_text())
+    assert found["random"] is found["human"] is found["human_normalised"] is None and found["failed"] == 0
     assert found["random_measured"]["returns"] == [6.0] * 20 and found["returns"] == [6.0, 6.0]
-    config = train.load_checkpoint(directory / "checkpoint.pt", "cpu")["config"]
+    config = train.load_checkpoint(tmp_path / "checkpoint.pt", "cpu")["config"]
     assert found["config"] == config and config["game"] == "Tiny-v0" and config["precision"] == "tf32"
     assert found["versions"].keys() == {"python", "torch", "gymnasium", "ale-py", "numpy"}
-    assert found["versions"]["torch"] == torch.__version__ and found["threads"] == torch.get_num_threads()
     assert found["evaluation_seed"] == 0 and found["device"] == "cpu" and found["agent_steps"] == 60
     assert found["trained_by"] == [found["commit"] + "+" * found["dirty"]] and found["hours"] >= 0
     assert found["curve"] == [[6 * i, 6.0] for i in range(1, 10)] and "command" in found
 
 
-def test_an_environment_that_cannot_be_saved_starts_a_new_episode(registered, tmp_path, capsys):
-    """All else continues; its random numbers too, and the message says so."""
-    name, directory = registered(), tmp_path / "run"
-    given = {"preset": "debug", "game": name, "device": "cpu", "seed": 3, "logdir": str(directory)}
-    run = train.Run(train.make_config(given), train.make_env(name))
+def test_an_environment_that_cannot_be_saved_starts_a_new_episode(registered, tmp_path):
+    """All else continues, and what it draws is none of what it drew before."""
+    config = train.make_config({"preset": "debug", "game": registered(), "device": "cpu", "seed": 3,
+                                "logdir": str(tmp_path)})
+    run, other = (train.Run(config, train.make_env("Tiny-v0")) for _ in range(2))
+    drawn = random.random(), np.random.random()
     for _ in range(3):
         run.play(0)
     run.save()
-    other = train.Run(dataclasses.replace(run.config, seed=5), train.make_env(name))
-    assert other.restore(train.load_checkpoint(directory / "checkpoint.pt", "cpu")) is False
+    other.restore(train.load_checkpoint(tmp_path / "checkpoint.pt", "cpu"))
     assert other.now["is_first"][0] and other.score == 0 and other.step == 3 and other.env.t == 0
-    assert (run.env.reset()[0] == other.now["observation"][0]).all()  # the same random number
-    capsys.readouterr()
-    again = ["--resume", "--logdir", str(directory), "--steps", "310"]
-    assert train.main(again) == 0
-    assert "resumed at step 3, in a new episode" in capsys.readouterr().out
+    assert other.env.unwrapped.seed == 6 and drawn != (random.random(), np.random.random())
 
 
-@pytest.mark.parametrize("fault, words", [
-    (ZeroDivisionError("by hand"), ["ZeroDivisionError, by hand", "test_hieros.py, line"]),
-    (np.array([1.0, np.nan, 0]), ["not in Box"]), (np.array([1.0, 99, 0]), ["not in Box"]),
-    (np.array([1.0, 0]), ["not in Box"]), (None, ["reward", "not finite"])],
-    ids=["raises", "NaN", "outside", "shape", "reward"])
-def test_an_environment_that_fails_is_named(registered, refused, tmp_path, fault, words):
-    """One line with the environment, the step and what is wrong; the last checkpoint stays."""
-    name = registered(**(dict(reward=1e300) if fault is None else dict(fault=fault)))
-    with pytest.raises(train.UsageError) as error, warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of 1e300 as float32
-        train.main(["--game", name, "--logdir", str(tmp_path / "run"), *QUICK])
-    step = 1 if fault is None else 7
-    for word in [f"Tiny-v0 fails at step {step} of an episode", *words]:
-        assert word in str(error.value)
-    assert "\n" not in str(error.value)
-    assert train.load_checkpoint(tmp_path / "run" / "checkpoint.pt", "cpu")["step"] == 0
+def only_one(env):
+    if not all(other.closed for other in Scripted.made):
+        raise RuntimeError("one at a time")
 
 
-@pytest.mark.parametrize("reward", [1e6, -1e6, 1e-9, np.float64(3), 2, True])
-def test_rewards_may_have_any_size_and_type(registered, tmp_path, reward):
-    """Nothing overflows, and the score is their sum."""
-    name = registered(reward=reward)
-    assert train.main(["--game", name, "--logdir", str(tmp_path / "run"), *QUICK]) == 0
+class Untouchable:
+    """An `info` that raises, whatever is done with it."""
+
+    def __getattribute__(self, name):
+        raise RuntimeError(f"info is asked for {name}")
+
+
+def helped(env):
+    env.over = threading.Event()
+    threading.Thread(target=env.over.wait, name="helper").start()
+
+
+@pytest.mark.parametrize("quirk", [
+    dict(give=lambda env: [1e3, -1e3, 0.5]), dict(info=Untouchable), dict(close=lambda env: 1 / 0),
+    dict(reward=lambda env: np.array([1.0]), end=lambda flag: np.array([flag])), dict(reward=True),
+    dict(made=only_one), dict(made=helped, close=lambda env: env.over.set())],
+    ids=["outside its Box", "info", "close raises", "arrays", "bool", "one a process", "a thread of its own"])
+def test_environments_are_taken_as_they_are(quirk, registered, tmp_path):
+    """Whatever the agent has no need of may be wrong: a run trains, is scored, and closes all, so that the
+    process can end."""
+    command = ["--game", registered(**quirk), "--logdir", str(tmp_path), *QUICK, "--preset", "auto"]
+    assert train.main([*command, "--eval_episodes", "3", "--steps", "30"]) == 0
+    assert json.loads((tmp_path / "evaluation.json").read_text())["returns"] == [10.0] * 3
+    assert all(env.closed for env in Scripted.made)
+    assert not [thread for thread in threading.enumerate() if thread.name == "helper"]
+
+
+@pytest.mark.parametrize("options, words", [
+    (dict(step=lambda env: env.t == 7 and 1 / 0), "step 7 .* ZeroDivisionError, division by zero"),
+    (dict(give=lambda env: [1.0, np.nan, 0]), "step 0 .* not finite"),
+    (dict(give=lambda env: [1.0, 0]), "step 0 .* reshape"), (dict(reward=1e300), "step 1 .* not finite"),
+    (dict(reward="much"), "step 1 .* ValueError"),
+    (dict(observations=Box(0, 255, (8, 8), np.uint8), give=lambda env: [[0.9] * 8] * 8), "step 0 .* scaled"),
+    (dict(observations=Box(0, 1, (8, 8), np.uint8), give=lambda env: [[2] * 8] * 8), "step 0 .* scaled")],
+    ids=lambda value: value if isinstance(value, str) else "")
+@pytest.mark.filterwarnings("ignore:overflow")
+def test_an_environment_that_fails_is_named_after_its_traceback(registered, tmp_path, capfd, options, words):
+    """One line with the environment, the step and what is wrong; a checkpoint that there is stays."""
+    with pytest.raises(train.UsageError, match=f"Tiny-v0 fails at {words}"):
+        train.main(["--game", registered(**options), "--logdir", str(tmp_path), *QUICK])
+    assert "Traceback" in capfd.readouterr().err and Scripted.made[-1].closed
+    assert "step 0" in words or train.load_checkpoint(tmp_path / "checkpoint.pt", "cpu")["step"] == 0
+
+
+def test_episodes_before_a_failure_are_scored(registered, tmp_path, capfd):
+    """Where an environment fails in the evaluation the episodes so far count, and are said to be fewer; if
+    there are none, one line says so."""
+    command = ["--game", registered(step=lambda env: env.steps == 25 and 1 / 0), *QUICK, "--steps", "20"]
+    assert train.main([*command, "--logdir", str(tmp_path / "run"), "--eval_episodes", "17"]) == 0
+    out, error = capfd.readouterr()
+    assert "(2 episodes), 15 more failed" in out and "Traceback" in error
+    assert "Tiny-v0 fails at step 5 of an episode: ZeroDivisionError, division by zero\n" in error
     found = json.loads((tmp_path / "run" / "evaluation.json").read_text())
-    assert found["returns"] == pytest.approx([10 * float(reward)] * 2)
+    assert found["returns"] == [10.0, 10.0] and found["failed"] == 15
+    registered(lengths=itertools.repeat(99), step=lambda env: env.steps == 25 and 1 / 0)
+    with pytest.raises(train.UsageError, match="no episode came to its end; the last checkpoint is intact"):
+        train.main([*command, "--logdir", str(tmp_path / "other")])
 
 
-# Directories, streams, files.
-
-def test_a_first_save_that_was_cut_short_is_no_dead_end(registered, refused, tmp_path, monkeypatch):
-    """The very same command works again after a first save that was killed or met a full disk, with or
-    without --resume; --resume where there is nothing yet starts a run. Others' files are never touched."""
-    for flags in ([], ["--resume"]):
-        command = ["--game", registered(), "--logdir", str(tmp_path / f"run {len(flags)}"), *QUICK, *flags]
-
-        def full(*_):
-            raise OSError(28, "No space left on device")
-
-        with monkeypatch.context() as patch:
-            patch.setattr(train.torch, "save", full)
-            with pytest.raises(train.UsageError, match="cannot be used: No space left"):
-                train.main(command)
-        directory = tmp_path / f"run {len(flags)}"
-        assert (directory / "checkpoint.pt.tmp").exists() and (directory / "metrics.jsonl").read_text() == ""
-        assert not (directory / "checkpoint.pt").exists()
-        assert train.main(command) == 0
-        assert metrics_of(directory)[0]["step"] == 10
-        (directory / "checkpoint.pt").unlink()  # there is a result: more than such remains
-        assert "has other files and no checkpoint.pt" in refused("train.py", *command)
-    assert train.main(["--game", "Tiny-v0", "--resume", "--logdir", str(tmp_path / "new"), *QUICK]) == 0
-
-
-@slow
-def test_a_second_process_in_a_directory_is_refused(registered, refused, tmp_path):
-    """By name, before it touches anything; the lock that a killed process leaves behind blocks nobody."""
-    pytest.importorskip("fcntl")
-    command = ["--game", registered(), "--logdir", str(tmp_path / "run"), *QUICK]
-    with train.alone_in(tmp_path / "run"):
-        assert "run is in use" in refused("train.py", *command)
-        assert "run is in use" in refused("train.py", *command, "--resume")
-    assert (tmp_path / "run" / "lock").exists() and train.main(command) == 0
-    with train.alone_in(tmp_path / "run"):
-        assert "run is in use" in refused("train.py", *command, "--resume")
-    assert train.main([*command, "--resume"]) == 0
-
-
-@slow
-def test_a_terminal_that_has_gone_away_costs_no_score(tmp_path):
-    """With standard output and error closed at the other end a run trains to its end, writes its score and
-    exits with 0."""
-    read, write = os.pipe()
-    command = [sys.executable, "train.py", "--game", "CartPole-v1", "--logdir", str(tmp_path / "run"), *QUICK]
-    process = subprocess.Popen(command, cwd=HERE, stdout=write, stderr=write)
-    os.close(write)
-    os.close(read)
-    assert process.wait(timeout=120) == 0
-    assert len(json.loads((tmp_path / "run" / "evaluation.json").read_text())["returns"]) == 2
-
-
-def test_a_score_that_cannot_be_written_is_not_played_for(registered, tmp_path, monkeypatch):
-    """Whether the result can be written is found out before the evaluation, and said as such."""
-    command = ["--game", registered(), "--logdir", str(tmp_path / "it's a run"), *QUICK]
-    assert train.main(command) == 0
-    monkeypatch.setattr(train, "evaluation", lambda *_: pytest.fail("played"))
-    (tmp_path / "it's a run" / "evaluation.json.tmp").mkdir()
-    again = re.escape(f"""{tmp_path}/it'"'"'s a run' --resume""")
-    with pytest.raises(train.UsageError, match="cannot be used.*make room.*--logdir '" + again):
-        train.main([*command, "--resume"])
-
-
-@pytest.mark.parametrize("damage, says", [
-    (lambda c: c | {"env": c["env"] | {"ale": {"numpy": c["env"]["ale"]["numpy"][:99]}}}, ""),
-    (lambda c: c | {"env": c["env"] | {"screen": {"numpy": torch.zeros(3, 3, 3, dtype=torch.uint8)}}}, ""),
-    (lambda c: c | {"env": c["env"] | {"frames": "few"}}, "ValueError"),
-    (lambda c: c | {"step": "five"}, "ValueError"), (lambda c: c | {"step": -1}, "ValueError, step -1"),
-    (lambda c: c | {"curve": [["a", "b"]]}, "ValueError"), (lambda c: c | {"curve": [[9, 1.0]]}, "curve"),
-    (lambda c: c | {"seconds": float("nan")}, "seconds"), (lambda c: c | {"updates": ["x", 1]}, "ValueError"),
-    (lambda c: c | {"score": None}, "TypeError"), (lambda c: c | {"memory": {"t": 3}}, "KeyError"),
-    (lambda c: c | {"now": {}}, "TypeError"), (lambda c: c | {"replay_totals": [1]}, "ValueError"),
-    (lambda c: c | {"log": {"bytes": "x"}}, "TypeError"),
-    (lambda c: c | {"config": c["config"] | {"batch_size": 8.0}}, "TypeError, batch_size 8.0 is no such"),
-    (lambda c: c | {"config": c["config"] | {"precision": "what"}}, "TypeError, precision 'what' is no such"),
-], ids=str)
-def test_a_checkpoint_edited_by_hand_is_one_clear_line(saved_run, refused, tmp_path, damage, says):
-    """Whatever stands in it: texts for numbers, parts of a state, times before the beginning."""
-    shutil.copytree(saved_run, tmp_path / "run")
-    path = tmp_path / "run" / "checkpoint.pt"
-    torch.save(damage(torch.load(path, weights_only=True)), path)
-    line = refused("train.py", "--resume", "--logdir", "run")
-    assert "run/checkpoint.pt cannot be used: " in line and says in line, line
+def test_seeds_are_those_of_global_random_numbers_too(registered, tmp_path):
+    """An environment that draws from `random` or from NumPy's global numbers gives the same run again."""
+    name = registered(reward=lambda env: random.random() + np.random.random())
+    make = functools.partial(train.make_env, name)
+    played = [train.play(None, make, 2, seed=seed, progress=False) for seed in (0, 0, 1)]
+    assert played[0] == played[1] != played[2]
+    rewards = []
+    for seed in (0, 0, 1):
+        run = train.Run(catch_config(tmp_path, seed=seed), make())
+        run.play(0)
+        rewards.append(run.score)
+    assert rewards[0] == rewards[1] != rewards[2]
 
 
 # The score.
@@ -2097,71 +1965,51 @@ class Chooser:
         return []
 
     def act(self, memory, observation, reward, is_first, is_last, is_terminal, discretised):
-        self.told.append([observation[:, 0].copy(), np.array(reward), is_first.copy(), is_last.copy(),
-                          is_terminal.copy()])
+        self.told.append([observation[:, 0], reward, is_first, is_last, is_terminal])
         return memory + 1, [{"action": F.one_hot(torch.as_tensor(self.choose(observation)), 3)}]
-
-
-class Lengths(gymnasium.Env):
-    """The k-th episode of the i-th environment has LENGTHS[i, k] steps of reward 1; every second is cut off,
-    not ended. The observation is the step in the episode."""
-
-    LENGTHS, made = np.random.default_rng(0).integers(1, 9, (2, 99)) * [[1], [3]], []
-    observation_space = gymnasium.spaces.Box(0, 99, (1,), np.float32)
-    action_space = gymnasium.spaces.Discrete(3)
-
-    def __init__(self):
-        self.lengths, self.episode = self.LENGTHS[len(self.made)], -1
-        self.made.append(self)
-
-    def reset(self, *, seed=None, options=None):
-        self.t, self.episode = 0, self.episode + 1
-        return np.float32([0]), {}
-
-    def step(self, action):
-        self.t += 1
-        last, cut = self.t == self.lengths[self.episode], self.episode % 2 == 1
-        return np.float32([self.t]), 1.0, last and not cut, last and cut, {}
-
-
-def test_scores_of_several_unequal_episodes(monkeypatch):
-    """Two environments of 17 episodes each, of unequal lengths: scores do not run on, unfinished and surplus
-    episodes do not count, and the agent is told of each start, each end and each reward."""
-    monkeypatch.setattr(Lengths, "made", [])
-    agent = Chooser()
-    returns = train.play(agent, Lengths, 34, progress=False)
-    assert returns == Lengths.LENGTHS[:, :17].flatten().tolist()
-    step, reward, first, last, terminal = map(np.array, zip(*agent.told))
-    assert (first == (step == 0)).all() and (reward == (step > 0)).all()
-    for i in range(2):
-        ends = np.flatnonzero(last[:, i])
-        assert len(ends) >= 16 and (np.diff(ends) == Lengths.LENGTHS[i, 1:len(ends)] + 1).all()
-        assert (terminal[ends, i] == (np.arange(len(ends)) % 2 == 0)).all() and not terminal[~last].any()
-
-
-def test_every_environment_plays_its_share():
-    """Episodes are shared out evenly, so that short ones are not favoured; each environment has its own
-    random numbers, and the same seed gives the same scores; without an agent the actions are random."""
-    agent, actions = small(1, (16,), 3), []
-    returns = train.play(agent, Catch, 12, progress=False)
-    assert len(returns) == 12 and set(returns) <= {0.0, 1.0, 2.0, 3.0} and len(set(returns)) > 1
-
-    class Noting(Catch):
-        def step(self, action):
-            actions.append(int(action))
-            return super().step(action)
-
-    found = [train.play(None, Noting, 48, seed=seed, progress=False) for seed in (0, 0, 1)]
-    assert found[0] == found[1] != found[2] and np.mean(found) < 1.2
-    assert (np.bincount(actions) > 0.3 * len(actions)).all()
-    scores = [train.play(Chooser(lambda o: np.argmax(o[:, :5], 1).clip(0, 2)), Catch, 32, progress=False),
-              train.play(Chooser(perfect), Catch, 32, progress=False)]
-    assert scores[1] == [3.0] * 32 and np.mean(scores[0]) < 3  # the actions are those that the agent chose
 
 
 def perfect(observation):
     """Perfect play of Catch."""
     return 1 + np.sign(observation[:, :5].argmax(1) - observation[:, 5:10].argmax(1))
+
+
+def test_scores_of_several_unequal_episodes(monkeypatch):
+    """Two environments of 17 episodes each, of unequal lengths, every second one cut off: scores do not run
+    on, unfinished and surplus episodes do not count, each environment has a seed of its own, and the agent is
+    told of each start, each end and each reward."""
+    lengths = np.random.default_rng(0).integers(1, 9, (2, 99)) * [[1], [3]]
+    monkeypatch.setattr(Scripted, "made", [])
+    agent, reset = Chooser(), Scripted.reset
+    seeds, scripts = [], iter(lengths)
+    monkeypatch.setattr(Scripted, "reset", lambda env, seed=None: (
+        seeds.append(seed) or reset(env, seed=seed)))
+    returns = train.play(agent, lambda: Scripted(lengths=next(scripts), cut=lambda episode: episode % 2), 34,
+                         seed=5, progress=False)
+    assert returns == lengths[:, :17].flatten().tolist() and all(env.closed for env in Scripted.made)
+    assert seeds[:2] == [5, 6] and set(seeds[2:]) == {None}
+    step, reward, first, last, terminal = map(np.array, zip(*agent.told))
+    assert (first == (step == 0)).all() and (reward == (step > 0)).all()
+    for i in range(2):
+        ends = np.flatnonzero(last[:, i])
+        assert len(ends) >= 16 and (np.diff(ends) == lengths[i, 1:len(ends)] + 1).all()
+        assert (terminal[ends, i] == (np.arange(len(ends)) % 2 == 0)).all() and not terminal[~last].any()
+
+
+def test_an_agent_is_scored_by_what_it_draws(monkeypatch):
+    """Actions are the agent's, and drawn, not the likeliest: an untrained one, which prefers nothing, takes
+    each as often. The same seed gives the same scores, and without an agent the actions are random."""
+    monkeypatch.setattr(Scripted, "made", [])
+    for agent in (small(1, (3,), 2), None):
+        make = functools.partial(Scripted, give=lambda env: np.float32([env.t, env.number, 0.5]))
+        train.play(agent, make, 16, progress=False)
+        taken = np.concatenate([env.taken for env in Scripted.made])
+        assert 0.4 < np.mean(taken) < 0.6 and len({tuple(env.taken) for env in Scripted.made}) > 9
+    found = [train.play(None, Catch, 48, seed=seed, progress=False) for seed in (0, 0, 1)]
+    assert found[0] == found[1] != found[2] and np.mean(found) < 1.2
+    scores = [train.play(Chooser(choose), Catch, 32, progress=False)
+              for choose in (perfect, lambda o: np.argmax(o[:, :5], 1).clip(0, 2))]
+    assert scores[0] == [3.0] * 32 and np.mean(scores[1]) < 3
 
 
 @slow
@@ -2295,83 +2143,6 @@ def saved_run(tmp_path_factory):
     run.remember(run.act())  # one step for every replay
     run.save()
     return directory
-
-
-class Trap:
-    """A pickle that creates a file when it is loaded carelessly."""
-
-    def __reduce__(self):
-        return open, ("trapped", "w")
-
-
-BOTH = EVALUATE, TRAIN = "evaluate.py run --episodes 1", "train.py --resume --logdir run"
-
-
-@pytest.mark.parametrize("commands, damage, says", [
-    (BOTH, lambda c: [1, 2], "TypeError"),
-    (BOTH, lambda c: c["weights"], "'config'"),
-    (BOTH, lambda c: c | {"config": c["config"] | {"momentum": 1}}, "momentum"),
-    (BOTH, lambda c: c | {"config": c["config"] | {"levels": 99}}, "--levels 99"),
-    (BOTH, lambda c: c | {"config": c["config"] | {"levels": "many"}}, "TypeError"),
-    (BOTH, lambda c: c | {"config": c["config"] | {"state_size": 8 * 10 ** 30}}, "OverflowError"),
-    (BOTH, lambda c: c | {"config": c["config"] | {"game": "chess"}}, "unknown game"),
-    (BOTH, lambda c: c | {"config": c["config"] | {"game": "pong"}}, "size mismatch"),
-    (BOTH, lambda c: c | {"config": c["config"] | {"hidden": 32}}, "size mismatch"),
-    (BOTH, lambda c: c | {"weights": {}}, "Missing key"),
-    ([TRAIN], lambda c: {name: c[name] for name in ("config", "weights")}, "KeyError"),
-    ([TRAIN], lambda c: c | {"optimisers": [3]}, "AttributeError"),
-    ([TRAIN], lambda c: c | {"replay_totals": [2, 1]}, "the checkpoint needs 2"),
-    ([TRAIN], lambda c: c | {"env": {}}, "KeyError"),
-    (BOTH, lambda c: Trap(), "UnpicklingError"),
-    (BOTH, lambda raw: b"", "not a zip file"),
-    (BOTH, lambda raw: b"no checkpoint", "not a zip file"),
-    (BOTH, lambda raw: raw[:len(raw) // 2], "not a zip file"),
-    (BOTH, lambda raw: raw[:5000] + bytes([raw[5000] ^ 1]) + raw[5001:], "checksum"),
-])
-def test_a_wrong_checkpoint_is_one_clear_line(saved_run, refused, tmp_path, commands, damage, says):
-    """A foreign, hand-edited, truncated or altered checkpoint gives one line that names the file and what is
-    wrong, when evaluated as when resumed; nothing in it is executed."""
-    shutil.copytree(saved_run, tmp_path / "run")
-    path = tmp_path / "run" / "checkpoint.pt"
-    if "raw" in damage.__code__.co_varnames:
-        path.write_bytes(damage(path.read_bytes()))
-    else:
-        torch.save(damage(torch.load(path, weights_only=True)), path)
-    for command in commands:
-        line = refused(*command.split())
-        assert says in line and "run/checkpoint.pt" in line and "weights_only" not in line, line
-
-
-@pytest.mark.parametrize("damage", [
-    lambda path: path.unlink(), lambda path: path.write_bytes(b""),
-    lambda path: path.write_bytes(b"not a ring"), lambda path: path.write_bytes(path.read_bytes()[:3000]),
-    lambda path: path.write_bytes(path.read_bytes().replace(b"reward", b"regard"))])
-def test_a_wrong_replay_is_one_clear_line(saved_run, refused, tmp_path, damage):
-    """Missing, empty, foreign, truncated and altered files of a replay are named when resuming."""
-    shutil.copytree(saved_run, tmp_path / "run")
-    damage(tmp_path / "run" / "replay-0" / "000000000-000000001.npz")
-    line = refused(*TRAIN.split())
-    assert "run/checkpoint.pt cannot be used: " in line and "ValueError, run/replay-0" in line, line
-
-
-def test_an_older_run_goes_on_as_it_was(saved_run, tmp_path):
-    """A checkpoint of before `decoded` was a setting decoded everything, whatever the preset does now."""
-    shutil.copytree(saved_run, tmp_path / "run")
-    path = tmp_path / "run" / "checkpoint.pt"
-    old = torch.load(path, weights_only=True)
-    old["config"] |= {"preset": "cpu"}
-    del old["config"]["decoded"]
-    torch.save(old, path)
-    assert train.PRESETS["cpu"]["decoded"] < 1
-    assert train.resumed(path, {}, "cpu")[0].config.decoded == 1
-
-
-@pytest.mark.parametrize("flags", ["--levels 3", "--game boxing", "--preset cpu", "--seed 1", "--tau 0.0"])
-def test_a_resumed_run_keeps_its_settings(saved_run, refused, tmp_path, flags):
-    """A flag that contradicts the run to be resumed is named, with the value that the run has."""
-    shutil.copytree(saved_run, tmp_path / "run")
-    line = refused(*TRAIN.split(), *flags.split())
-    assert re.search(f"{flags} contradicts the run, which has [a-z0-9.]+$", line)
 
 
 @pytest.mark.parametrize("command, says", [

@@ -6,12 +6,11 @@ a command line to a score. A run may be killed at any moment and goes on as if i
 examples:
   python train.py --game pong                            writes runs/pong-0
   python train.py --game breakout --levels 1 --seed 3    the flat agent, in runs/breakout-3
-  python train.py --game CartPole-v1                     a few minutes
   python train.py --logdir runs/pong-0 --resume          goes on where it was stopped or killed
-  python train.py --preset debug --logdir runs/try       does it work at all? in under a minute
+  python train.py --game CartPole-v1 --preset debug      does it work at all? in under a minute
 
-exit codes: 0 done; 1 a loss was not finite; 2 the command, a file or your environment is wrong, the last line
-says what; 129, 130 or 143 stopped by SIGHUP, Ctrl+C or SIGTERM, and saved
+exit codes: 0 done; 1 a loss was not finite; 2 the command, a file or your environment is wrong: the last line
+says what; 129, 130, 143 stopped by a signal (SIGHUP, Ctrl+C, SIGTERM), and saved
 """
 
 import argparse
@@ -37,7 +36,7 @@ import ale_py
 import gymnasium
 import numpy as np
 import torch
-from gymnasium.spaces import Box, Discrete
+from gymnasium.spaces import Box, Discrete, MultiDiscrete
 from tqdm import tqdm
 
 from hierarchy import Hieros, Level
@@ -155,10 +154,12 @@ def make_config(given):
         config.device = "cuda" if torch.cuda.is_available() else "cpu"
     if not re.fullmatch(r"cpu|cuda(:\d+)?", config.device):
         raise UsageError(f"--device {config.device}: only cpu and cuda can; mps lacks complex numbers")
+    with blaming(f"--device {config.device} cannot be used here"):
+        torch.zeros(1, device=config.device)
     if config.preset == "auto":
         with contextlib.closing(make_env(config.game)) as env:
-            config.preset = ("vector" if env.observation_space is not IMAGE else
-                             "cpu" if config.device == "cpu" else "paper")
+            image = "cpu" if config.device == "cpu" else "paper"
+            config.preset = image if env.observation_space is IMAGE else "vector"
     vars(config).update({name: value for name, value in PRESETS[config.preset].items() if name not in given})
     for field in dataclasses.fields(Config):
         value, (low, high) = vars(config)[field.name], field.metadata["range"]
@@ -203,13 +204,11 @@ def game_name(game):
         with blaming(f"--game {game}: importing {module} fails"):
             __import__(module)
     others = [id for id, spec in gymnasium.registry.items() if not str(spec.entry_point).startswith("ale_py")]
-    if id in others:
-        return game
+    known = {re.sub(r"[\W_]", "", name.lower()): name for name in [*others, *atari_games()]}
     # ale_py's own names, such as ALE/Pong-v5 and PongNoFrameskip-v4, are spellings, too.
     letters = re.sub(r"^ALE/|(NoFrameskip|Deterministic)?-v[045]$|[\W_]", "", game).lower()
-    known = {re.sub(r"[\W_]", "", name.lower()): name for name in [*others, *atari_games()]}
-    if known.get(letters) in atari_games():
-        return known[letters]
+    if id in others or known.get(letters) in atari_games():
+        return game if id in others else known[letters]
     near = ", ".join(known[name] for name in difflib.get_close_matches(letters, known)) or "none"
     raise UsageError(f"unknown game '{game}'; nearest: {near}; your own games are my_module:MyEnv-v0")
 
@@ -253,39 +252,35 @@ class Atari(gymnasium.Env):
 
     def reset(self, *, seed=None, options=None):
         super().reset(seed=seed)
-        self.screen, _ = self.game.reset(seed=seed)
-        self.previous, self.frames = self.screen, 0  # the frame before the last; frames of this episode
+        self.screens, self.frames = 2 * [self.game.reset(seed=seed)[0]], 0  # the last two; of this episode
         for _ in range(self.np_random.integers(self.NOOPS + 1)):
             if self.frame(0)[1]:
-                self.previous = self.screen = self.game.reset()[0]
-        return shrink(np.maximum(self.previous, self.screen)), {}
+                self.screens = 2 * [self.game.reset()[0]]
+        return shrink(np.maximum(*self.screens)), {}
 
     def step(self, action):
-        total, terminated, truncated = 0.0, False, False
-        for _ in range(self.REPEAT):
+        total, terminated, last = 0.0, False, min(self.frames + self.REPEAT, self.MAX_FRAMES)
+        while self.frames < last and not terminated:
             reward, terminated = self.frame(action)
-            total, truncated = total + reward, self.frames >= self.MAX_FRAMES
-            if terminated or truncated:
-                break
-        observation = shrink(np.maximum(self.previous, self.screen))
-        return observation, total, terminated, truncated and not terminated, {}
+            total += reward
+        truncated = self.frames == self.MAX_FRAMES and not terminated
+        return shrink(np.maximum(*self.screens)), total, terminated, truncated, {}
 
     def frame(self, action):
-        # The screen is taken after *every* frame: also an episode that ends inside the repeat shows its end.
-        self.previous, self.frames = self.screen, self.frames + 1
-        self.screen, reward, terminated, *_ = self.game.step(action)
+        """Returns (reward, terminated). Every frame's screen is taken: an early end is seen, too."""
+        screen, reward, terminated, *_ = self.game.step(action)
+        self.screens, self.frames = [self.screens[1], screen], self.frames + 1
         return reward, terminated
 
     def get_state(self):
         """Everything that a resumed run needs to go on with the very next frame."""
         return {"ale": np.frombuffer(self.game.ale.cloneState(include_rng=True).serialize(), np.uint8),
-                "screens": [self.previous, self.screen], "frames": self.frames,
-                "rng": self.np_random.bit_generator.state}
+                "screens": self.screens, "frames": self.frames, "rng": self.np_random.bit_generator.state}
 
     def set_state(self, state):
         self.reset(seed=0)
         self.game.ale.restoreState(ale_py.ALEState(state["ale"].tobytes()))
-        (self.previous, self.screen), self.frames = state["screens"], state["frames"]
+        self.screens, self.frames = state["screens"], state["frames"]
         self.np_random.bit_generator.state = state["rng"]
 
 
@@ -297,8 +292,7 @@ class Registered(gymnasium.Wrapper):
         Discrete                                                 (n,) float32, one-hot
 
     Only what the agent needs is asked of it: an observation may leave its Box, and `info` is never read. The
-    time limit is its own; without one it is as long as Atari's: an evaluation must end.
-    """
+    time limit is its own; without one it is as long as Atari's: an evaluation must end."""
 
     def __init__(self, game, **options):
         self.name, self.t, id = game, 0, game.rpartition(":")[2]  # t: steps in this episode
@@ -321,17 +315,16 @@ class Registered(gymnasium.Wrapper):
         """What reset or step returns, with the observation as the agent sees it, and {} for info. An error's
         traceback, which shows the user's own code, is printed before UsageError says it in one line."""
         try:
-            seen, *numbers = method(*arguments, **options)
+            array, *numbers = method(*arguments, **options)
             numbers = [np.asarray(number).item() for number in numbers[:-1]]
             if isinstance(self.seen, Discrete):
-                seen = np.arange(self.seen.n) + self.seen.start == np.asarray(seen).item()
-            array = np.asarray(seen).reshape(self.shape)
-            if self.observation_space is not IMAGE:
-                array = array.astype(np.float32)
-            elif array.dtype.kind in "biu" and (0 <= array).all() and (array <= self.seen.high).all():
+                array = np.arange(self.seen.n) + self.seen.start == np.asarray(array).item()
+            array = np.asarray(array).reshape(self.shape)
+            if self.observation_space is IMAGE:
+                if array.dtype.kind == "f" or not ((0 <= array) & (array <= self.seen.high)).all():
+                    raise ValueError(f"{array.dtype} up to {array.max()} cannot be scaled by {self.seen}")
                 array = shrink(array * (255 / np.maximum(self.seen.high, 1)))
-            else:
-                raise ValueError(f"{array.dtype} up to {array.max()} cannot be scaled by {self.seen}")
+            array = array.astype(self.observation_space.dtype)
             if not np.isfinite(array).all() or not np.isfinite(np.float32(numbers)).all():
                 raise ValueError("an observation or a reward that is not finite in float32")
             return array, *numbers, {}
@@ -434,8 +427,7 @@ class Run:
 
     def __init__(self, config, env):
         self.config, self.env, self.directory = config, env, Path(config.logdir)
-        torch.manual_seed(config.seed)
-        seed_globally(config.seed)
+        torch.manual_seed(seed_globally(config.seed))
         self.rng = np.random.default_rng(config.seed)
         with blaming("the agent cannot be made"):  # for want of memory, for example
             self.agent = make_agent(config, env)
@@ -472,8 +464,7 @@ class Run:
     def play(self, action):
         """One step of the game."""
         given = self.env.step(action)
-        self.now = env_step(*given)
-        self.step, self.score = self.step + 1, self.score + float(given[1])
+        self.step, self.score, self.now = self.step + 1, self.score + float(given[1]), env_step(*given)
 
     def restart(self):
         """The next episode."""
@@ -532,13 +523,12 @@ class Run:
             replay.save(self.directory / f"replay-{i}")
         with open(self.metrics, "a") as file:
             os.fsync(file.fileno())
-            log_bytes = file.tell()
         checkpoint = {name: vars(self)[name] for name in self.SAVED} | {
-            "config": vars(self.config), "weights": self.agent.state_dict(), "log_bytes": log_bytes,
+            "config": vars(self.config), "weights": self.agent.state_dict(),
             "optimisers": [{name: o.adam.state_dict() for name, o in level.optimisers.items()}
                            for level in self.agent.levels],
-            "replay_totals": [replay.total for replay in self.replays],
             "env": self.env.get_state() if hasattr(self.env, "get_state") else None,
+            "replay_totals": [replay.total for replay in self.replays], "log": self.metrics.stat().st_size,
             "rng": self.rng.bit_generator.state, "torch_rng": torch.get_rng_state(),
             "cuda_rng": torch.cuda.get_rng_state_all()}
         try:
@@ -559,11 +549,11 @@ class Run:
         for level, states in zip(self.agent.levels, checkpoint["optimisers"]):
             for name, state in states.items():
                 level.optimisers[name].adam.load_state_dict(state)
-        if checkpoint["env"]:
-            self.env.set_state(checkpoint["env"])
-        else:  # a new episode, and no seed that has been played
+        if checkpoint["env"] is None:  # a new episode, of a seed that has not been played
             seed = seed_globally(self.config.seed + self.step)
             self.now, self.score = env_step(self.env.reset(seed=seed)[0], is_first=True), 0.0
+        else:
+            self.env.set_state(checkpoint["env"])
         self.rng.bit_generator.state = checkpoint["rng"]
         torch.set_rng_state(checkpoint["torch_rng"].cpu())
         for i, state in enumerate(checkpoint["cuda_rng"][:torch.cuda.device_count()]):
@@ -571,7 +561,7 @@ class Run:
         # Last, since the rest deletes: what was written after the checkpoint will be written again.
         for i, (replay, total) in enumerate(zip(self.replays, checkpoint["replay_totals"], strict=True)):
             replay.load(self.directory / f"replay-{i}", total)
-        os.truncate(self.metrics, checkpoint["log_bytes"])
+        os.truncate(self.metrics, checkpoint["log"])
 
 
 def train(run, progress=True):
@@ -610,31 +600,33 @@ def train(run, progress=True):
     return sum(stopped[:1])
 
 
-# ---- The score ---------------------------------------------------------------------------------------------
+# ---- The score and the command line ------------------------------------------------------------------------
 
 def play(agent, make, episodes, seed=0, progress=True):
     """The returns of `episodes` episodes, played side by side by an agent that samples its actions; the agent
     None plays at random. Each environment plays equally many: those that end first are the short ones. Of one
     that fails only the episodes before count."""
-    rng, envs, now = np.random.default_rng(seed_globally(seed)), [], []  # now: an env_step of each
+    envs, now, seed = [], [], seed_globally(seed)  # now: an env_step of each
     with contextlib.ExitStack() as opened:
         try:
             for i in range(max(d for d in range(1, 17) if episodes % d == 0)):
                 envs.append(opened.enter_context(contextlib.closing(make())))
                 now.append(env_step(envs[i].reset(seed=seed + i)[0], is_first=True))
-        except UsageError:  # of some emulators a process can have one only
-            if not now:
-                raise
+        except UsageError as error:
+            print(error, file=sys.stderr)  # then with fewer: of some emulators a process can have one only
+        if not now:
+            return []
         n = max(d for d in range(1, len(now) + 1) if episodes % d == 0)
         now, score, returns, playing = now[:n], [0.0] * n, [[] for _ in range(n)], list(range(n))
-        memory, discretised = (agent.initial_memory(n), agent.discretise()) if agent else (None, None)
+        chance = MultiDiscrete([envs[0].action_space.n] * n, seed=seed)
+        memory, discretised = agent and agent.initial_memory(n), agent and agent.discretise()
         bar = opened.enter_context(tqdm(total=episodes, desc="evaluation" if agent else "random play",
                                         unit="episode", disable=not progress, dynamic_ncols=True))
         while any(len(returns[i]) < episodes // n for i in playing):
-            action = rng.integers(envs[0].action_space.n, size=n)
+            action = chance.sample()
             if agent:
-                arrays = {name: np.concatenate([step[name] for step in now]) for name in now[0]}
-                memory, ticks = agent.act(memory, **arrays, discretised=discretised)
+                batch = {name: np.concatenate([step[name] for step in now]) for name in now[0]}
+                memory, ticks = agent.act(memory, **batch, discretised=discretised)
                 action = ticks[0]["action"].argmax(-1).cpu().numpy()
             for i in list(playing):
                 try:
@@ -659,10 +651,10 @@ def origin():
     commit, git = "", ["git", "-C", Path(__file__).parent, "describe", "--always", "--dirty=+", "--exclude=*"]
     with contextlib.suppress(OSError):  # no git
         commit = subprocess.run(git, capture_output=True, text=True).stdout.strip()
-    versions = {module.__name__: module.__version__ for module in (torch, np, gymnasium, ale_py)}
-    return {"command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
-            "commit": commit.rstrip("+") or "unknown", "dirty": commit.endswith("+"),
-            "versions": {"python": sys.version.split()[0], **versions}}
+    versions = {"python": sys.version.split()[0], "torch": torch.__version__, "numpy": np.__version__,
+                "gymnasium": gymnasium.__version__, "ale-py": ale_py.__version__}
+    return {"command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]), "versions": versions,
+            "commit": commit.rstrip("+") or "unknown", "dirty": commit.endswith("+")}
 
 
 def statistics(returns):
@@ -675,12 +667,11 @@ def evaluation(config, agent, past, episodes, seed):
     """Play for a score. Returns all that is known of a run, for a JSON file. past: a checkpoint or vars(run),
     of which step, seconds, curve and commits count."""
     make = functools.partial(make_env, config.game)
-    lowest, human = REFERENCE.get(config.game, (None, None))
     with autocast(config):
         returns = play(agent, make, episodes, seed)
     if not returns:
         raise UsageError(f"{config.game}: no episode came to its end")
-    score = statistics(returns)
+    score, (lowest, human) = statistics(returns), REFERENCE.get(config.game, (None, None))
     measured = play(None, make, 20, seed) if human is None else []  # to compare, where no score is published
     return {name: vars(config)[name] for name in ("game", "levels", "seed", "preset")} | score | {
         "agent_steps": past["step"], "hours": round(past["seconds"] / 3600, 3),
@@ -697,16 +688,17 @@ def evaluation(config, agent, past, episodes, seed):
 def report(summary):
     """The score as one line of text."""
     def score(of):
-        error = "" if of["standard_error"] is None else f" +- {of['standard_error']:.1f} (standard error)"
-        return f"{of['mean']:.1f}{error} in {len(of['returns'])} episodes"
+        error = f" +- {of['standard_error']:.1f}" if of["standard_error"] is not None else ""
+        return f"{of['mean']:.1f}{error} ({len(of['returns'])} episodes)"
 
     line = f"{summary['game']} after {summary['agent_steps']} steps: score {score(summary)}"
     line += f", {summary['failed']} more failed" * (summary["failed"] > 0)
+    if summary["random_measured"]:
+        line += f"; random play {score(summary['random_measured'])}"
     if summary["human"] is not None:
         line += (f"; random {summary['random']}, human {summary['human']} (published): human-normalised"
                  f" {summary['human_normalised']:.3f}")
-    measured = summary["random_measured"]
-    return line + (f"; random play {score(measured)}" if measured else "")
+    return line
 
 
 def write_json(value, file):
@@ -718,13 +710,10 @@ def write_json(value, file):
         opened.write(text.encode())
 
 
-# ---- The command line --------------------------------------------------------------------------------------
-
 def program(main):
     """Run main(argv) as a program that ends with an exit code, and with one line where something is wrong."""
-    for name in ("stdout", "stderr"):
-        if getattr(sys, name) is None:  # closed by the shell: the first file to be opened takes its place
-            setattr(sys, name, open(os.devnull, "w"))
+    sys.stdout = sys.stdout or open(os.devnull, "w")  # None: closed by the shell
+    sys.stderr = sys.stderr or open(os.devnull, "w")
     try:
         sys.exit(main(sys.argv[1:]))
     except KeyboardInterrupt:  # while it trains, Ctrl+C saves first
@@ -776,11 +765,8 @@ def main(argv):
             raise UsageError(f"{directory} has other files and no checkpoint.pt: choose another --logdir")
         env = opened.enter_context(contextlib.closing(make_env(config.game)))
         run = Run(config, env)
-        if resume:
-            with blaming(f"{path} cannot be used"):
-                run.restore(past)
-        else:
-            run.save()  # from now on there is something to resume
+        with blaming(f"{path} cannot be used") if resume else contextlib.nullcontext():
+            run.restore(past) if resume else run.save()  # from now on there is something to resume
         print(f"Hieros: {config.game}, preset {config.preset}, {config.levels} levels, on {config.device}, in"
               f" {directory}" + f", resumed at step {run.step}" * resume)
         if run.step < config.steps and score.exists():  # that of the run before it was extended
