@@ -1035,7 +1035,8 @@ def agent_on(tmp_path):
     """A function that makes agent and Config for a device; what it says of TF32 is taken back in the end."""
     def make(device, **settings):
         config = train.make_config(dict(game="pong", preset="debug", device=device) | settings)
-        return awake(train.make_agent(config, Catch(image=True))), config
+        spaces = types.SimpleNamespace(observation_space=train.IMAGE, action_space=Discrete(3))
+        return awake(train.make_agent(config, spaces)), config
 
     before = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
     yield make
@@ -1142,17 +1143,10 @@ Box, Discrete = spaces.Box, spaces.Discrete
 
 class Catch(gymnasium.Env):
     """Three blocks fall, one after the other, through 6 rows of 5 columns; each one caught is a point.
-
-    Perfect play earns 3; moving at random about 0.6, since a block must be followed for several steps.
-    """
+    Perfect play earns 3; moving at random about 0.6, since a block must be followed for several steps."""
 
     COLUMNS, ROWS, DROPS = 5, 6, 3
-    action_space = Discrete(3)
-
-    def __init__(self, image=False):
-        self.image = image
-        self.observation_space = Box(0, 255, (64, 64, 3), np.uint8) if image else (
-            Box(0, 1, (2 * self.COLUMNS + self.ROWS,), np.float32))
+    observation_space, action_space = Box(0, 1, (2 * COLUMNS + ROWS,)), Discrete(3)
 
     def reset(self, *, seed=None, options=None):
         super().reset(seed=seed)
@@ -1167,23 +1161,16 @@ class Catch(gymnasium.Env):
         return self.observe(), reward, self.t == self.ROWS * self.DROPS, False, {}
 
     def observe(self):
-        row = self.t % self.ROWS
-        if self.image:
-            screen = np.zeros((64, 64, 3), np.uint8)
-            screen[9 * row:9 * row + 9, 12 * self.block:12 * self.block + 12, 0] = 255
-            screen[55:, 12 * self.paddle:12 * self.paddle + 12, 1] = 255
-            return screen
         vector = np.zeros(2 * self.COLUMNS + self.ROWS, np.float32)
-        vector[[self.block, self.COLUMNS + self.paddle, 2 * self.COLUMNS + row]] = 1
+        vector[[self.block, self.COLUMNS + self.paddle, 2 * self.COLUMNS + self.t % self.ROWS]] = 1
         return vector
 
     def get_state(self):
-        return {"t": self.t, "paddle": self.paddle, "block": self.block,
-                "rng": self.np_random.bit_generator.state}
+        return {"now": [self.t, self.paddle, self.block], "rng": self.np_random.bit_generator.state}
 
     def set_state(self, state):
         self.reset(seed=0)
-        self.t, self.paddle, self.block = state["t"], state["paddle"], state["block"]
+        self.t, self.paddle, self.block = state["now"]
         self.np_random.bit_generator.state = state["rng"]
 
 
@@ -1201,14 +1188,14 @@ class Scripted(gymnasium.Env):
             raise TypeError(f"unexpected {faults}")
         given = dict(observation_space=observations, action_space=actions, render_mode=render_mode)
         vars(self).update({name: value for name, value in given.items() if value is not None})
-        self.reward, self.give, self.info, self.faults = reward, give, info, faults
-        self.lengths, self.cut, self.end = iter(lengths), cut, end
-        self.episode, self.steps, self.taken, self.closed = -1, 0, [], False
+        self.reward, self.give, self.info, self.end, self.faults = reward, give, info, end, faults
+        self.lengths, self.cut, self.episode, self.steps, self.taken = iter(lengths), cut, -1, 0, []
         self.fault("made")
+        self.closed = False
         self.made.append(self)
 
     def fault(self, name):
-        return self.faults.get(name, lambda env: None)(self)
+        self.faults.get(name, lambda env: None)(self)
 
     def reset(self, *, seed=None, options=None):
         super().reset(seed=seed)
@@ -1270,9 +1257,9 @@ def metrics_of(directory):
 def test_resumed_run_is_bitwise_the_undisturbed_one(tmp_path):
     """Stop at a checkpoint, start with all new objects, resume: metrics and weights are the same bits. What
     is kept of the layers between steps belongs to the present weights, level by level."""
-    whole, first = (train.Run(catch_config(tmp_path / name, starts=32, steps=steps), Catch())
-                    for name, steps in (("whole", 400), ("parts", 200)))
+    whole = train.Run(catch_config(tmp_path / "whole", starts=32), Catch())
     train.train(whole, progress=False)
+    first = train.Run(catch_config(tmp_path / "parts", starts=32, steps=200), Catch())
     train.train(first, progress=False)
     config = catch_config(tmp_path / "parts", starts=32, seed=1)  # whatever it starts from is replaced
     second = train.Run(config, Catch())
@@ -1364,35 +1351,26 @@ def test_a_full_disk_leaves_the_checkpoint_intact(registered, tmp_path, monkeypa
     """When a checkpoint cannot be written, the one before stays whole, and one line says what to do."""
     resource = pytest.importorskip("resource")  # not on Windows
     limits, save = resource.getrlimit(resource.RLIMIT_FSIZE), train.Run.save
-    command = ["--game", registered(), "--logdir", str(tmp_path / "run"), *QUICK]
-
-    def full_at_step_40(run):
-        if run.step == 40:  # from here on the system refuses to let a file grow beyond 100 kB
-            resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
-        save(run)
-
-    monkeypatch.setattr(train.Run, "save", full_at_step_40)
-    try:
-        with pytest.raises(train.UsageError, match="File too large.*checkpoint is intact.*--resume"):
+    command = ["--game", registered(), "--logdir", str(tmp_path), *QUICK]
+    with monkeypatch.context() as patch, pytest.raises(train.UsageError) as error:
+        # At step 40 the system begins to refuse that a file grows beyond 100 kB.
+        patch.setattr(train.Run, "save", lambda run: (run.step == 40 and resource.setrlimit(
+            resource.RLIMIT_FSIZE, (100_000, limits[1]))) or save(run))
+        try:
             train.main(command)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    assert len(list((tmp_path / "run" / "replay-0").glob("*.npz"))) == 2  # the second is of no checkpoint
-    monkeypatch.undo()
-    assert train.load_checkpoint(tmp_path / "run" / "checkpoint.pt", "cpu")["step"] == 20
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert re.search("File too large.*checkpoint is intact.*--resume", str(error.value))
+    assert len(list((tmp_path / "replay-0").glob("*.npz"))) == 2  # the second is of no checkpoint
+    assert train.load_checkpoint(tmp_path / "checkpoint.pt", "cpu")["step"] == 20
     assert train.main([*command, "--resume"]) == 0
 
 
 def test_all_that_a_checkpoint_needs_is_on_the_disk_when_it_takes_its_name(tmp_path, monkeypatch):
     """Not even a power cut leaves half a checkpoint: every file of it was handed over to the disk, whole. A
     file that is written at the same time, and half of one left by a killed save, do not meet it."""
-    synced = {}
-
-    def fsync(file):
-        status = os.fstat(file)
-        synced[status.st_ino] = status.st_size
-
-    monkeypatch.setattr(os, "fsync", fsync)
+    synced, stat = {}, os.fstat
+    monkeypatch.setattr(os, "fsync", lambda file: synced.update({stat(file).st_ino: stat(file).st_size}))
     run = train.Run(catch_config(tmp_path), Catch())
     run.remember(run.act())
     run.log({"a line": 1})
