@@ -327,9 +327,10 @@ def test_the_kl_waits_until_z_is_read(fixed_draws):
     model, batch, shares = tiny(sharpness=100.0), sequences(2, 8), []
     for update in range(1, 10):
         model.updates.fill_(update)  # as `update_statistics` counts
-        (full, _, metrics), model.kl_warmup = model.loss(*batch), 4
-        (waiting, *_), model.kl_warmup = model.loss(*batch), 0
-        shares.append(1 - (full - waiting).item() / (0.1 * metrics["loss/dyn"].item()))
+        losses = {}
+        for model.kl_warmup in (0, 4):
+            losses[model.kl_warmup], _, metrics = model.loss(*batch)
+        shares.append(1 - (losses[0] - losses[4]).item() / (0.1 * metrics["loss/dyn"].item()))
     assert np.allclose(shares, [0, 0, 0, 0, 0.25, 0.5, 0.75, 1, 1], atol=1e-3)
 
 
