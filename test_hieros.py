@@ -2403,42 +2403,6 @@ def test_goals_in_hindsight_end_once_and_nothing_after_them_counts(monkeypatch, 
         assert type(hindsight.load_run(directory, "cpu")[1]) is kind
 
 
-def test_open_loop_sequences_stay_inside_an_episode():
-    """results/open_loop.py: a sequence is consecutive steps of one episode, each with the action chosen after
-    it; episodes that are too short are one clear line."""
-    torch.manual_seed(0)
-    open_loop, agent = script("open_loop"), small(levels=2)
-    o, a, first = open_loop.fresh_sequences(agent, Echo(17), 0, count=6, length=8)
-    assert o.shape == (6, 8, 4) and a.shape == (6, 8, 3) and first.shape == (6, 8)
-    assert torch.equal(o[:, 1:, 3], o[:, :-1, 3] + 1) and not first[:, 1:].any() and first[:, 0].any()
-    assert torch.equal(o[:, 1:, :3], a[:, :-1])
-    with pytest.raises(train.UsageError, match="too short"):
-        open_loop.fresh_sequences(agent, Echo(6), 0, count=2, length=8)
-
-
-def test_open_loop_error_against_its_baselines(tmp_path, capsys):
-    """results/open_loop.py: the error at horizon n is that of the n-th step after the context; a still game
-    is foreseen perfectly by its last frame, and the mean frame's error is the variance of the frames. Both
-    pictures are written, and four errors printed."""
-    torch.manual_seed(0)
-    open_loop = script("open_loop")
-    T = open_loop.CONTEXT + open_loop.HORIZON
-    truth = torch.rand(3, 1, 3, 64, 64).repeat(1, T, 1, 1, 1)
-    dreamed = truth.clone()
-    dreamed[:, open_loop.CONTEXT + 9] += 0.5  # the tenth step is wrong
-    errors = open_loop.open_loop_error(truth, dreamed)
-    assert np.flatnonzero(errors["dream"]).tolist() == [9] and np.isclose(errors["dream"][9], 0.25)
-    assert not errors["last frame, repeated"].any()
-    assert np.allclose(errors["mean frame"], truth[:, 0].var(0, unbiased=False).mean(), atol=1e-6)
-    truth[:, open_loop.CONTEXT - 1] = 0  # the last frame seen
-    errors = open_loop.open_loop_error(truth, dreamed)
-    assert np.allclose(errors["last frame, repeated"], truth[:, -1].square().mean())
-    pytest.importorskip("matplotlib")
-    open_loop.draw(truth, dreamed, "pong", tmp_path / "error.png", tmp_path / "strip.png")
-    assert (tmp_path / "error.png").stat().st_size > 5000 and (tmp_path / "strip.png").stat().st_size > 50_000
-    assert [line.count(" steps 0.") for line in capsys.readouterr().out.splitlines()] == [4, 4, 4]
-
-
 def test_promises_are_compared_with_what_came(tmp_path, monkeypatch):
     """results/promises.py: what came after a step is discounted, up to the episode's end and not beyond it;
     an agent that promises one point a step in a game that gives one is right in both numbers."""
@@ -2634,55 +2598,6 @@ def test_keys_play_the_game_or_the_dream(tmp_path, monkeypatch):
     mind.dream = [mind.state._replace(cont=torch.zeros(1))]
     mind.step(set())
     assert len(done) == steps
-
-
-@slow
-def test_a_gru_in_parallel_is_the_gru_step_by_step(tmp_path, monkeypatch):
-    """results/gru.py: its stack has S5Stack's interface, forgets at resets, and trains in the place of S5;
-    the result says so."""
-    gru, (B, T) = script("gru"), (3, 7)
-    stack, u, reset = gru.GRUStack(12, 16, 2), torch.randn(B, T, 12), some_resets(B, T)
-    m, states = stack(u, reset)
-    state = torch.zeros(B, *stack.state_shape, dtype=torch.cfloat)
-    for t in range(T):
-        m_t, state = stack.step(u[:, t], state * ~reset[:, t, None, None], stack.discretise())
-        assert torch.allclose(m_t, m[:, t], atol=1e-6) and torch.allclose(state, states[:, t], atol=1e-6)
-    monkeypatch.chdir(tmp_path)
-    flags = "--preset debug --device cpu --game Echo-v0 --levels 1 --steps 310 --eval_episodes 2 --logdir run"
-    monkeypatch.setattr(gymnasium.envs.registration, "registry", dict(gymnasium.registry))
-    monkeypatch.setattr(gymnasium, "registry", gymnasium.envs.registration.registry)
-    gymnasium.register("Echo-v0", Echo)
-    assert gru.main(flags.split()) == 0
-    result = json.loads((tmp_path / "run" / "evaluation.json").read_text())
-    assert result["change"] == "GRU layers instead of S5's"
-    with pytest.raises(train.UsageError, match="checkpoint.pt cannot be used"):  # it has no S5 layers
-        evaluate.load_run(tmp_path / "run", "cpu")
-
-
-def test_s5_speed_is_measured_and_drawn(tmp_path, capsys):
-    """results/s5_speed.py: a row a length, of three ways to train and to step, and the picture of them."""
-    pytest.importorskip("matplotlib")
-    speed = script("s5_speed")
-    rows = speed.measure([4, 8])
-    assert [row[0] for row in rows] == [4, 8] and all(number > 0 for row in rows for number in row)
-    assert len(capsys.readouterr().out.splitlines()) == 3 and len(rows[0]) == 7
-    speed.draw(rows, tmp_path / "s5.png")
-    assert (tmp_path / "s5.png").stat().st_size > 5000
-
-
-def test_the_door_opens_to_who_has_the_key():
-    """results/key_door.py: no way into the second room without the key; with it, the end pays 1, once."""
-    right, left, down, up = 1, 2, 3, 4
-    env = script("key_door").KeyDoor()
-    env.reset()
-    assert [env.step(right)[0].argmax() for _ in range(4)] == [2] * 4
-    assert env.cell == (2, 4)  # the door is shut
-    path = [up, up, down, down, *[right] * 6, down]
-    assert [env.step(action)[1:4] for action in path] == [(0.0, False, False)] * len(path)
-    assert env.step(down)[1:4] == (1.0, True, False) and env.cell == env.GOAL
-    observation, _ = env.reset()
-    assert np.flatnonzero(observation).tolist() == [2, 5 + 2, 16]
-    assert [env.step(left)[3] for _ in range(100)] == [False] * 99 + [True]
 
 
 @pytest.mark.parametrize("agent, rewards", [
