@@ -4,10 +4,10 @@
     python results/memory.py alone OUT.jsonl N SEED [VARIANT ...] [flags, such as --sharpness 30]
 
 A cue, a corridor of N steps in which nothing matters, two arms, of which the cue's pays 1. `alone` trains the
-world model of level 0 on random play until it recalls 0.9, at most 4,000 times. Appends a line: recall, how often
-a level's reward head promises more in the right arm than in the wrong one; z and h, how often a linear probe of
-them tells the cue, by ticks after it; nats, the entropy of z. VARIANT: hindsight, goals in hindsight; reward-100,
-a loss of the reward 100 times as heavy; quiet, z is its probabilities; gru, GRU layers instead of S5's.
+world model of level 0 (add --levels 1) on random play until it recalls 0.9, at most 4,000 times. A line is
+appended. recall: how often a level's reward head promises more in the right arm than in the wrong one. z, h: how
+often a linear probe of them tells the cue, by ticks after it. nats: entropy of z. VARIANT: hindsight, goals in
+hindsight; reward-100, a loss of the reward 100 times as heavy; quiet, z is its probabilities; gru, not S5.
 """
 import json
 import sys
@@ -120,7 +120,8 @@ def alone(config, n):
             level.optimisers["model"].step()
         curve.append([250 * len(curve) + 250, study(agent, n, 300, probed=False)[0]["recall"]])
         print(*curve[-1], file=sys.stderr)
-    return {"updates": curve[-1][0] if curve[-1][1] >= 0.9 else None, "curve": curve, "levels": study(agent, n)}
+    updates = curve[-1][0] if curve[-1][1] >= 0.9 else None
+    return {"updates": updates, "curve": curve, "levels": study(agent, n)}
 
 
 def agent(config, n):
