@@ -5,9 +5,9 @@
 
 A cue, a corridor of N steps in which nothing matters, two arms, of which the cue's pays 1. `alone` trains the
 world model of level 0 (add --levels 1) on random play until it recalls 0.9, at most 4,000 times. A line is
-appended. recall: how often a level's reward head promises more in the right arm than in the wrong one. z, h: how
-often a linear probe of them tells the cue, by ticks after it. nats: entropy of z. VARIANT: hindsight, goals in
-hindsight; reward-100, a loss of the reward 100 times as heavy; quiet, z is its probabilities; gru, not S5.
+appended. recall: how often a level's reward head promises more in the right arm than in the wrong one. z, h:
+how often a linear probe of them tells the cue, by ticks after it. nats: entropy of z. VARIANT: hindsight;
+reward-100, a loss of the reward 100 times as heavy; quiet, z is its probabilities; gru, not S5.
 """
 import json
 import sys
