@@ -613,8 +613,8 @@ def test_no_reward_is_lost_at_any_level(lived):
     """At every tick of every level the rewards in its replay sum to the episode's true return so far."""
     for ticks in lived[-1]:
         for episode, t, *_ in ticks:
-            total = sum(step["reward"] for e, u, step, _ in ticks if e == episode and u <= t)
-            assert total == t * (t + 1) / 2
+            rewards = [step["reward"] for e, u, step, _ in ticks if e == episode and u <= t]
+            assert sum(rewards) == t * (t + 1) / 2
 
 
 def test_a_level_sees_the_last_states_below_it_up_to_now(lived):
@@ -719,9 +719,8 @@ def batch_of(agent, i, B=3, T=8, device="cpu"):
         high = {"action": agent.levels[i].action_shape[1], "observation": 256}.get(name, 8)
         values = rng.random((B, T, *shape)) if dtype == np.float32 else rng.integers(0, high, (B, T, *shape))
         batch[name] = torch.from_numpy(values.astype(dtype)).to(device)
-    for name in ("is_first", "is_last", "is_terminal"):
-        batch[name] = torch.zeros(B, T, dtype=torch.bool, device=device)
-    return batch
+    flags = "is_first", "is_last", "is_terminal"
+    return batch | {name: torch.zeros(B, T, dtype=torch.bool, device=device) for name in flags}
 
 
 def lively(agent):
@@ -755,7 +754,6 @@ def test_a_dream_follows_the_state_and_the_subgoal_of_its_start(starts, monkeypa
     action, subgoal = (F.one_hot(batch[name].long(), 8).float().flatten(-2) for name in ("action", "subgoal"))
     stored = level.observation(batch), action, batch["reward"], batch["is_first"], batch["is_terminal"]
     assert all(map(torch.equal, trained_on, stored))
-
     (start, _, horizon), (imagined, actions) = calls["imagine"]
     states = states.map(lambda field: field.flatten(0, 1))
     key, keys = (torch.cat([each.z.flatten(1), each.h], -1) for each in (start, states))
@@ -827,14 +825,12 @@ def test_behaviour_by_hand(monkeypatch):
     lambda-return and to the slow critic, all weighted by the chance that the episode got that far."""
     H, N, weights = 3, 5, torch.tensor([1.0, 0.3, 0.1])
     level, features = tabular((2, 3), {"extrinsic": 1.0, "subgoal": 0.3, "novelty": 0.1})
-    for module in (level.actor, level.critics, level.slow_critics):  # the slow ones differ
-        for p in module.parameters():
-            p.data += torch.randn_like(p)
+    for p in itertools.chain(*(net.parameters() for net in (level.actor, level.critics, level.slow_critics))):
+        p.data += torch.randn_like(p)  # the slow ones differ
     monkeypatch.setattr(Optimiser, "step", lambda self: torch.zeros(()))  # leaves the gradients to be seen
     feature, pick = features(torch.arange((H + 1) * N).view(H + 1, N)), torch.randint(3, (H, N, 2))
     reward, discount = torch.randn(H, N, 3) * torch.tensor([3.0, 0.5, 0.002]), torch.rand(H, N)
     alive = torch.tensor([1.0, 1.0, 0.0, 1.0, 1.0])
-
     p = 0.01 / 3 + 0.99 * torch.softmax(level.actor.net(feature).unflatten(-1, (2, 3)), -1)
     cross_entropy, logits = level.critics.twohot.loss, level.critics(feature)
     value, slow_value = (torch.softmax(each, -1).detach() @ symexp(torch.linspace(-20, 20, 255))
@@ -862,13 +858,13 @@ def test_behaviour_by_hand(monkeypatch):
         assert torch.allclose(p.grad, gradient, rtol=1e-3, atol=1e-5)
 
 
-def preferred(rewards, paid, updates=60, **behaviour):
+def preferred(rewards, paid, **behaviour):
     """Actions 0 and 1, which end a dream, are tried equally often and pay what `paid` says, of each reward.
     Returns how likely a tabular level then takes action 0, and its values."""
     level, features = tabular((1, 2), rewards, actor_lr=0.1, **behaviour)
     start, action = features(torch.zeros(8, dtype=torch.long)), torch.arange(8) % 2
     reward = torch.tensor(paid)[action][None]  # (1,8,R)
-    for _ in range(updates):
+    for _ in range(60):
         level.update_behaviour(torch.stack([start, start]), F.one_hot(action, 2).float()[None], reward,
                                torch.zeros(1, 8), torch.ones(8))
     return level.actor(start)[0, 0, 0].item(), level.critics.twohot.mean(level.critics(start))[0].tolist()
@@ -881,6 +877,11 @@ def test_the_better_action_becomes_likelier_and_entropy_holds_it_back():
                                     critic_lr=0.1) for scale in (1e-3, 1.0, 10.0)])
     assert found[0] > 0.95 and found[0] > found[1] > found[2] > 0.5, found
     assert np.allclose(values, 1.5, atol=0.05)
+
+
+def test_a_small_return_outweighs_the_entropy():
+    """Where only a thousandth of a point can be won, the action that wins it becomes likely nevertheless."""
+    assert preferred({"extrinsic": 1.0}, [[1e-3], [0.0]], entropy_scale=1e-3)[0] > 0.9  # floor of 1: 0.68
 
 
 def test_the_reward_with_more_weight_decides():
@@ -2609,7 +2610,7 @@ def test_four_agents_look_for_the_key(agent, rewards, monkeypatch, capsys):
     spy(monkeypatch, door, "trained", calls)
     door.main(agent, 0, 250)
     line, = map(json.loads, capsys.readouterr().out.splitlines())
-    assert (line["task"], line["agent"], line["steps"]) == ("key_door", agent, 250) and len(line["returns"]) > 1
+    assert [line[name] for name in ("task", "agent", "steps")] == ["key_door", agent, 250] and line["returns"]
     made = calls["trained"][1].agent
     assert [[*level.rewards][1:] for level in made.levels] == rewards
     for i, level in enumerate(made.levels):
