@@ -1318,10 +1318,13 @@ def test_signals_save_first_and_the_second_ends_at_once(number, registered, tmp_
         while pending and env.steps == 30:
             os.kill(os.getpid(), pending.pop())
 
+    def unhandled(*_):
+        pytest.fail("a signal that the run has not handled")
+
     command, pending = ["--game", registered(step=send), "--logdir", str(tmp_path), *QUICK], [number]
-    before = signal.signal(number, signal.SIG_DFL)  # the tests themselves may run under nohup
+    before = signal.signal(number, unhandled)  # where the tests run under nohup SIGHUP was ignored
     request.addfinalizer(lambda: signal.signal(number, before))
-    assert train.main(command) == 128 + number and signal.getsignal(number) == signal.SIG_DFL
+    assert train.main(command) == 128 + number and signal.getsignal(number) is unhandled
     assert "stopped at step 30, saved; continue with: python train.py --logdir" in capfd.readouterr().out
     assert train.load_checkpoint(tmp_path / "checkpoint.pt", "cpu")["step"] == 30
     assert train.main([*command, "--resume"]) == 0
