@@ -18,7 +18,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import threading
 import time
 import tracemalloc
 import types
@@ -34,11 +33,11 @@ from gymnasium import spaces
 
 import evaluate
 import train
-from hierarchy import (Actor, Hieros, Level, Optimiser, ReturnNormaliser, SubgoalAutoencoder, cosine_max,
-                       lambda_return, onehot, small)
+from hierarchy import (Level, Optimiser, ReturnNormaliser, SubgoalAutoencoder, cosine_max, lambda_return,
+                       onehot, small)
 from replay import Replay, etbs_cdf, replacing
 from s5 import S5Block, S5Layer, S5Stack, complex_view, hippo_n, scan, scan_sequential
-from world_model import (Patches, State, TwoHot, WorldModel, entropy, kl_balance, log_prob, sample_onehot,
+from world_model import (Patches, State, TwoHot, WorldModel, entropy, kl_balance, sample_onehot,
                          straight_through, symexp, symlog, unimix)
 
 
@@ -2078,36 +2077,6 @@ def test_two_groups_are_compared_by_pairs(tmp_path):
 
 # The scripts of results/, one cheap test each.
 
-def test_subgoals_are_judged_where_their_time_is_up(monkeypatch):
-    """results/subgoals.py: a goal counts from the tick that sets it until the next is set or the episode
-    ends; what a level does under another goal is compared in the same states."""
-    torch.manual_seed(0)
-    subgoals, agent, compared = script("subgoals"), small(levels=2), []
-    env = Scripted(lengths=itertools.repeat(6), actions=Discrete(3),
-                   give=lambda env: np.float32([0, 0, 0, env.t]))
-    env = Scripted(lengths=itertools.repeat(6), actions=Discrete(3),
-                   give=lambda env: np.float32([0, 0, 0, env.t]))
-    env = Scripted(lengths=itertools.repeat(6), actions=Discrete(3),
-                   give=lambda env: np.float32([0, 0, 0, env.t]))
-    env = Scripted(lengths=itertools.repeat(6), actions=Discrete(3),
-                   give=lambda env: np.float32([0, 0, 0, env.t]))
-    level = agent.levels[0]
-    step = level.world_model.observe_step
-    level.world_model.observe_step = lambda x, z, a, o, d: (
-        step(x, z, a, o, d)._replace(h=o[:, 3:].repeat(1, 64)))  # h: the time
-    level.autoencoder.decode = lambda code: code
-    monkeypatch.setattr(subgoals, "draw_code", lambda autoencoder, h: h)
-    monkeypatch.setattr(subgoals, "cosine_max", lambda goal, h: (
-        compared.append((goal, h[:, 0].tolist())) or torch.ones(len(h))))
-    study, = subgoals.subgoal_study(agent, env, 0, steps=5 * 7)  # an episode: ticks at 0, 4 and 6
-    assert study == {"level": 0, "goals": 10, "obeyed": 0, "reached": 1, "shuffled": 1, "able": 1, "unled": 1}
-    (goal, end), (other, same), (done, _), (again, _) = compared
-    assert end == same == done[:, 0].tolist() == 5 * [4, 6]
-    assert torch.equal(goal.roll(5, 0), other) and torch.equal(done, again)
-    torch.nn.init.normal_(level.actor.net[-1].weight)  # from now on what it does depends on everything
-    assert subgoals.subgoal_study(agent, env, 0, steps=35)[0]["obeyed"] > 0.1
-
-
 def test_goals_in_hindsight_end_once_and_nothing_after_them_counts(monkeypatch, tmp_path):
     """results/hindsight.py: a goal's return is what its k ticks pay, discounted by gamma alone; only these
     returns make the scale. Runs of both kinds can be loaded."""
@@ -2128,30 +2097,6 @@ def test_goals_in_hindsight_end_once_and_nothing_after_them_counts(monkeypatch, 
             patch.setattr(train, "Hieros", kind)
             directory = untrained_run(tmp_path / kind.__name__, "boxing", levels=2).directory
         assert type(hindsight.load_run(directory, "cpu")[1]) is kind
-
-
-def test_promises_are_compared_with_what_came(tmp_path, monkeypatch):
-    """results/promises.py: what came after a step is discounted, up to the episode's end and not beyond it;
-    an agent that promises one point a step in a game that gives one is right in both numbers."""
-    promises = script("promises")
-    reward, last = [9.0, 1.0, 2.0, 4.0, 8.0], [False, False, True, False, False]
-    assert promises.to_come(reward, last, 0.5).tolist() == [2.0, 2.0, 0.0, 8.0, 0.0]
-
-    class Generous(train.Atari):
-        def step(self, action):
-            seen, _, *rest = super().step(action)
-            return seen, 1.0, *rest
-
-    run = untrained_run(tmp_path, "boxing", levels=1, gamma=0.9)
-    level, values = run.agent.levels[0], run.agent.levels[0].critics.twohot.values
-    ten, one = ((values - number).abs().argmin() for number in (10, 1))  # 1 / (1 - gamma) is 10
-    level.critics.nets[0][-1].bias.data[ten] = level.world_model.outcome_head[-1].bias.data[one] = 50.0
-    run.save()
-    monkeypatch.setattr(train, "make_env", Generous)
-    found = promises.measure(tmp_path, 200)
-    assert found["value"] == pytest.approx(values[ten]) and abs(found["return"] - 10) < 0.6, found
-    assert found["dreamt"] == pytest.approx(5 * values[one]) and found["real"] == 5, found  # the horizon is 5
-    assert found["rewarded"] == 199 / 200 and found["policy"] == pytest.approx(1) and not found["last_tenth"]
 
 
 def test_promises_are_compared_step_by_step(tmp_path, monkeypatch):
@@ -2208,27 +2153,6 @@ def test_a_world_model_alone_is_judged_by_what_it_was_not_trained_on(tmp_path, m
     run.save()
     alone.main([str(tmp_path), "1"])
     assert json.loads(capsys.readouterr().out)["KL"] > 0
-
-
-def test_a_world_model_alone_dreams_with_the_real_actions():
-    """results/world_model_alone.py: n steps ahead a dream has been told the n actions that led there, and is
-    not compared with what came after an episode's end."""
-    action, first = torch.eye(2)[torch.randint(2, (8, 12))], torch.zeros(8, 12, dtype=torch.bool)
-    first[:, 0] = first[:4, 7] = True
-    reward = F.pad(action[:, :-1, 0], (1, 0))  # what the action before it brings
-    reward[:4, 7] = 5  # but where an episode begins, it is another
-
-    class Model:
-        def loss(self, observation, action, reward, *others):
-            states = State(*[reward] * 6)
-            return None, states, {name: torch.tensor(2.0) for name in ("loss/vector", "loss/rew", "kl")}
-
-        def imagine(self, start, policy, horizon):
-            told = [policy(start)[:, 0] for _ in range(horizon)]
-            return State(*[torch.stack([start.reward, *told])] * 6), None
-
-    row = script("world_model_alone").measure(Model(), reward[..., None], action, reward, first, first, 3)
-    assert [*row.values()] == 3 * [2] + 4 * [1] and [*row][3:] == "seen,1 ahead,2 ahead,3 ahead".split(",")
 
 
 @slow
@@ -2325,23 +2249,6 @@ def test_keys_play_the_game_or_the_dream(tmp_path, monkeypatch):
     mind.dream = [mind.state._replace(cont=torch.zeros(1))]
     mind.step(set())
     assert len(done) == steps
-
-
-@pytest.mark.parametrize("agent, rewards", [
-    ("flat", [[]]), ("curious", [["novelty"]]), ("paper", [["subgoal"], ["novelty"]]),
-    ("hindsight", [["subgoal"], ["novelty", "reached"]])])
-def test_four_agents_look_for_the_key(agent, rewards, monkeypatch, capsys):
-    """results/key_door.py: each prints a line of JSON, and learns for the rewards that its name says."""
-    door, calls = script("key_door"), {}
-    spy(monkeypatch, door, "trained", calls)
-    door.main(agent, 0, 250)
-    line, = map(json.loads, capsys.readouterr().out.splitlines())
-    assert [line[name] for name in ("task", "agent", "steps")] == ["key_door", agent, 250] and line["returns"]
-    made = calls["trained"][1].agent
-    assert [[*level.rewards][1:] for level in made.levels] == rewards
-    for i, level in enumerate(made.levels):
-        metrics = level.update(batch_of(made, i))
-        assert all(abs(metrics[f"rew/{name}"]) > 0 for name in rewards[i])
 
 
 def test_every_script_of_results_says_how_it_is_run():
