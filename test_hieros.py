@@ -1599,7 +1599,7 @@ class Scripted(gymnasium.Env):
         self.reward, self.give, self.info, self.end, self.faults = reward, give, info, end, faults
         self.lengths, self.cut, self.episode, self.steps, self.taken = iter(lengths), cut, -1, 0, []
         self.fault("made")
-        self.closed = False
+        self.closed = 0  # times
         self.made.append(self)
 
     def fault(self, name):
@@ -1623,7 +1623,7 @@ class Scripted(gymnasium.Env):
         return np.full((40, 60, 3), self.t, np.uint8)
 
     def close(self):
-        self.closed = True
+        self.closed += 1
         self.fault("close")
 
 
@@ -2209,8 +2209,8 @@ def test_own_games_are_scored_beside_random_play(registered, tmp_path, capsys):
     """A run of one ends with mean, error and episodes, and with 20 episodes of random play from the same
     evaluation; its result says all that is known of where it comes from."""
     assert train.main(["--game", registered(limit=6), "--logdir", str(tmp_path), *QUICK]) == 0
-    said = capsys.readouterr().out
-    assert "score 6.0 +- 0.0 (2 episodes); random play 6.0 +- 0.0 (20 episodes)" in said
+    score = "6.0 +- 0.0 (standard error of {} episodes)"
+    assert f"score {score.format(2)}; random play {score.format(20)}" in capsys.readouterr().out
     found = json.loads((tmp_path / "evaluation.json").read_text())
     assert found["random"] is found["human"] is found["human_normalised"] is None and found["failed"] == 0
     assert found["random_measured"]["returns"] == [6.0] * 20 and found["returns"] == [6.0, 6.0]
@@ -2264,7 +2264,7 @@ def test_environments_are_taken_as_they_are(quirk, registered, tmp_path):
     command = ["--game", registered(**quirk), "--logdir", str(tmp_path), *QUICK, "--preset", "auto"]
     assert train.main([*command, "--eval_episodes", "3", "--steps", "30"]) == 0
     assert json.loads((tmp_path / "evaluation.json").read_text())["returns"] == [10.0] * 3
-    assert all(env.closed for env in Scripted.made)
+    assert all(env.closed == 1 for env in Scripted.made)
     assert not [thread for thread in threading.enumerate() if thread.name == "helper"]
 
 
@@ -2291,7 +2291,7 @@ def test_episodes_before_a_failure_are_scored(registered, tmp_path, capfd):
     command = ["--game", registered(step=lambda env: env.steps == 25 and 1 / 0), *QUICK, "--steps", "20"]
     assert train.main([*command, "--logdir", str(tmp_path / "run"), "--eval_episodes", "17"]) == 0
     out, error = capfd.readouterr()
-    assert "(2 episodes), 15 more failed" in out and "Traceback" in error
+    assert "(standard error of 2 episodes), 15 more failed" in out and "Traceback" in error
     assert "Tiny-v0 fails at step 5 of an episode: ZeroDivisionError, division by zero\n" in error
     found = json.loads((tmp_path / "run" / "evaluation.json").read_text())
     assert found["returns"] == [10.0, 10.0] and found["failed"] == 15

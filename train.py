@@ -688,8 +688,8 @@ def evaluation(config, agent, past, episodes, seed):
 def report(summary):
     """The score as one line of text."""
     def score(of):
-        error = f" +- {of['standard_error']:.1f}" if of["standard_error"] is not None else ""
-        return f"{of['mean']:.1f}{error} ({len(of['returns'])} episodes)"
+        n, error = len(of["returns"]), of["standard_error"]
+        return f"{of['mean']:.1f}" + (f" +- {error:.1f} (standard error of {n} episodes)" if n > 1 else "")
 
     line = f"{summary['game']} after {summary['agent_steps']} steps: score {score(summary)}"
     line += f", {summary['failed']} more failed" * (summary["failed"] > 0)
@@ -743,7 +743,7 @@ def main(argv):
     if path.exists() and not resume:
         raise UsageError(f"{directory} already exists: add --resume to go on, or choose another --logdir")
     config = None if path.exists() else make_config(given)  # a wrong setting leaves no directory behind
-    with contextlib.ExitStack() as opened:
+    with contextlib.ExitStack() as opened, contextlib.ExitStack() as playing:
         with blaming(f"--logdir {directory} is in use, or cannot be"):
             directory.mkdir(parents=True, exist_ok=True)
             lock = opened.enter_context(open(directory / "lock", "a"))
@@ -763,8 +763,7 @@ def main(argv):
         # A first save that was killed, or met a full disk, leaves empty files and unfinished ones.
         elif any(f.is_file() and f.stat().st_size and f.suffix != ".tmp" for f in directory.rglob("*")):
             raise UsageError(f"{directory} has other files and no checkpoint.pt: choose another --logdir")
-        env = opened.enter_context(contextlib.closing(make_env(config.game)))
-        run = Run(config, env)
+        run = Run(config, playing.enter_context(contextlib.closing(make_env(config.game))))
         with blaming(f"{path} cannot be used") if resume else contextlib.nullcontext():
             run.restore(past) if resume else run.save()  # from now on there is something to resume
         print(f"Hieros: {config.game}, preset {config.preset}, {config.levels} levels, on {config.device}, in"
@@ -775,7 +774,7 @@ def main(argv):
             if number := train(run):
                 print(f"stopped at step {run.step}, saved; continue with: {again}")
                 return 128 + number
-            env.close()  # of some emulators a process can have one only
+            playing.close()  # of some emulators a process can have one only
             open(f"{score}.tmp", "wb").close()  # to know before playing that it can be written
             summary = evaluation(config, run.agent, vars(run), config.eval_episodes, config.seed)
             write_json(summary, score)  # first: there may be no terminal to print to
