@@ -14,6 +14,7 @@ says what; 129, 130, 143 stopped by a signal (SIGHUP, Ctrl+C, SIGTERM), and save
 """
 
 import argparse
+import codecs
 import contextlib
 import ctypes
 import dataclasses
@@ -407,8 +408,9 @@ class Recorded:
 def load_checkpoint(path, device):
     """The dictionary that Run.save wrote. It may come from a stranger, but nothing in it is executed: beside
     numbers, texts, tensors, dicts and lists torch loads only NumPy's arrays."""
-    torch.serialization.add_safe_globals([np.ndarray, np.dtype, np.zeros(0).__reduce__()[0], *(
-        type(np.dtype(name)) for name in ("bool", "uint8", "int64", "float32", "float64"))])
+    kinds = [type(np.dtype(name)) for name in ("bool", "uint8", "int64", "float32", "float64")]
+    arrays = [np.ndarray, np.dtype, np.zeros(0).__reduce__()[0], codecs.encode]  # what they are pickled by
+    torch.serialization.add_safe_globals(arrays + kinds)
     return torch.load(path, map_location=device, weights_only=True)
 
 
@@ -561,7 +563,8 @@ class Run:
         # Last, since the rest deletes: what was written after the checkpoint will be written again.
         for i, (replay, total) in enumerate(zip(self.replays, checkpoint["replay_totals"], strict=True)):
             replay.load(self.directory / f"replay-{i}", total)
-        os.truncate(self.metrics, checkpoint["log"])
+        with open(self.metrics, "a") as file:
+            file.truncate(min(checkpoint["log"], file.tell()))
 
 
 def train(run, progress=True):
