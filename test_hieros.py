@@ -1178,7 +1178,7 @@ class Scripted(gymnasium.Env):
         self.reward, self.give, self.info, self.end, self.faults = reward, give, info, end, (step, close)
         self.lengths, self.cut, self.episode, self.steps, self.taken = iter(lengths), cut, -1, 0, []
         made(self)
-        self.closed = False
+        self.closed = 0  # times
         self.made.append(self)
 
     def reset(self, *, seed=None, options=None):
@@ -1199,7 +1199,7 @@ class Scripted(gymnasium.Env):
         return np.full((40, 60, 3), self.t, np.uint8)
 
     def close(self):
-        self.closed = True
+        self.closed += 1
         self.faults[1](self)
 
 
@@ -1703,7 +1703,7 @@ def test_environments_are_taken_as_they_are(quirk, registered, tmp_path):
     command = ["--game", registered(**quirk), "--logdir", str(tmp_path), *QUICK, "--preset", "auto"]
     assert train.main([*command, "--eval_episodes", "3", "--steps", "30"]) == 0
     assert json.loads((tmp_path / "evaluation.json").read_text())["returns"] == [10.0] * 3
-    assert all(env.closed for env in Scripted.made)
+    assert all(env.closed == 1 for env in Scripted.made)
 
 
 @pytest.mark.parametrize("options, words", [
@@ -1741,7 +1741,7 @@ def test_episodes_before_a_failure_are_scored(registered, tmp_path, capfd):
         config = catch_config(tmp_path, game=name)
         return train.evaluation(config, None, vars(train.Run(config, train.make_env(name))), 17, 0)
 
-    assert "score 10.0 +- 0.0 (2 episodes), 15 more failed" in train.report(score())
+    assert "score 10.0 +- 0.0 (standard error of 2 episodes), 15 more failed" in train.report(score())
     error = capfd.readouterr().err
     assert "Traceback" in error and "Tiny-v0 fails at step 5 of an episode: ZeroDivisionError" in error
     with pytest.raises(train.UsageError, match="no episode came to its end"):

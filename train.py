@@ -14,6 +14,7 @@ says what; 129, 130, 143 stopped by a signal (SIGHUP, Ctrl+C, SIGTERM), and save
 """
 
 import argparse
+import codecs
 import contextlib
 import ctypes
 import dataclasses
@@ -407,8 +408,9 @@ class Recorded:
 def load_checkpoint(path, device):
     """The dictionary that Run.save wrote. It may come from a stranger, but nothing in it is executed: beside
     numbers, texts, tensors, dicts and lists torch loads only NumPy's arrays."""
-    torch.serialization.add_safe_globals([np.ndarray, np.dtype, np.zeros(0).__reduce__()[0], *(
-        type(np.dtype(name)) for name in ("bool", "uint8", "int64", "float32", "float64"))])
+    kinds = [type(np.dtype(name)) for name in ("bool", "uint8", "int64", "float32", "float64")]
+    arrays = [np.ndarray, np.dtype, np.zeros(0).__reduce__()[0], codecs.encode]  # what they are pickled by
+    torch.serialization.add_safe_globals(arrays + kinds)
     return torch.load(path, map_location=device, weights_only=True)
 
 
@@ -561,7 +563,8 @@ class Run:
         # Last, since the rest deletes: what was written after the checkpoint will be written again.
         for i, (replay, total) in enumerate(zip(self.replays, checkpoint["replay_totals"], strict=True)):
             replay.load(self.directory / f"replay-{i}", total)
-        os.truncate(self.metrics, checkpoint["log"])
+        with open(self.metrics, "a") as file:
+            file.truncate(min(checkpoint["log"], file.tell()))
 
 
 def train(run, progress=True):
@@ -688,8 +691,8 @@ def evaluation(config, agent, past, episodes, seed):
 def report(summary):
     """The score as one line of text."""
     def score(of):
-        error = f" +- {of['standard_error']:.1f}" if of["standard_error"] is not None else ""
-        return f"{of['mean']:.1f}{error} ({len(of['returns'])} episodes)"
+        n, error = len(of["returns"]), of["standard_error"]
+        return f"{of['mean']:.1f}" + (f" +- {error:.1f} (standard error of {n} episodes)" if n > 1 else "")
 
     line = f"{summary['game']} after {summary['agent_steps']} steps: score {score(summary)}"
     line += f", {summary['failed']} more failed" * (summary["failed"] > 0)
@@ -743,7 +746,7 @@ def main(argv):
     if path.exists() and not resume:
         raise UsageError(f"{directory} already exists: add --resume to go on, or choose another --logdir")
     config = None if path.exists() else make_config(given)  # a wrong setting leaves no directory behind
-    with contextlib.ExitStack() as opened:
+    with contextlib.ExitStack() as opened, contextlib.ExitStack() as playing:
         with blaming(f"--logdir {directory} is in use, or cannot be"):
             directory.mkdir(parents=True, exist_ok=True)
             lock = opened.enter_context(open(directory / "lock", "a"))
@@ -763,8 +766,7 @@ def main(argv):
         # A first save that was killed, or met a full disk, leaves empty files and unfinished ones.
         elif any(f.is_file() and f.stat().st_size and f.suffix != ".tmp" for f in directory.rglob("*")):
             raise UsageError(f"{directory} has other files and no checkpoint.pt: choose another --logdir")
-        env = opened.enter_context(contextlib.closing(make_env(config.game)))
-        run = Run(config, env)
+        run = Run(config, playing.enter_context(contextlib.closing(make_env(config.game))))
         with blaming(f"{path} cannot be used") if resume else contextlib.nullcontext():
             run.restore(past) if resume else run.save()  # from now on there is something to resume
         print(f"Hieros: {config.game}, preset {config.preset}, {config.levels} levels, on {config.device}, in"
@@ -775,7 +777,7 @@ def main(argv):
             if number := train(run):
                 print(f"stopped at step {run.step}, saved; continue with: {again}")
                 return 128 + number
-            env.close()  # of some emulators a process can have one only
+            playing.close()  # of some emulators a process can have one only
             open(f"{score}.tmp", "wb").close()  # to know before playing that it can be written
             summary = evaluation(config, run.agent, vars(run), config.eval_episodes, config.seed)
             write_json(summary, score)  # first: there may be no terminal to print to
