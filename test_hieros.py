@@ -1971,7 +1971,7 @@ def test_a_score_goes_to_a_file_of_its_own_before_it_is_printed(saved_run, tmp_p
 def test_what_is_evaluated_are_the_weights_of_the_checkpoint(saved_run, tmp_path, refused):
     """A run's, and those of an exported agent: float16, without what only training needs. A checkpoint that
     lacks anything else is refused in one line."""
-    saved, path = torch.load(saved_run / "checkpoint.pt", weights_only=True), tmp_path / "checkpoint.pt"
+    saved, path = train.load_checkpoint(saved_run / "checkpoint.pt", "cpu"), tmp_path / "checkpoint.pt"
     saved["weights"] = {name: value + 1 for name, value in saved["weights"].items()}
     exported = {name: saved[name] for name in ("config", "step", "seconds", "curve", "commits")}
     exported["weights"] = {name: value.half() for name, value in saved["weights"].items()
@@ -2172,6 +2172,8 @@ def test_subgoals_are_judged_where_their_time_is_up(monkeypatch):
     ends; what a level does under another goal is compared in the same states."""
     torch.manual_seed(0)
     subgoals, agent, compared = script("subgoals"), small(levels=2), []
+    env = Scripted(lengths=itertools.repeat(6), actions=Discrete(3),
+                   give=lambda env: np.float32([0, 0, 0, env.t]))
     env = Scripted(lengths=itertools.repeat(6), actions=Discrete(3),
                    give=lambda env: np.float32([0, 0, 0, env.t]))
     env = Scripted(lengths=itertools.repeat(6), actions=Discrete(3),
