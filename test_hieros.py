@@ -1867,7 +1867,7 @@ def test_a_score_goes_to_a_file_of_its_own_before_it_is_printed(saved_run, tmp_p
 def test_what_is_evaluated_are_the_weights_of_the_checkpoint(saved_run, tmp_path, refused):
     """A run's, and those of an exported agent: float16, without what only training needs. A checkpoint that
     lacks anything else is refused in one line."""
-    saved, path = torch.load(saved_run / "checkpoint.pt", weights_only=True), tmp_path / "checkpoint.pt"
+    saved, path = train.load_checkpoint(saved_run / "checkpoint.pt", "cpu"), tmp_path / "checkpoint.pt"
     saved["weights"] = {name: value + 1 for name, value in saved["weights"].items()}
     exported = {name: saved[name] for name in ("config", "step", "seconds", "curve", "commits")}
     exported["weights"] = {name: value.half() for name, value in saved["weights"].items()
