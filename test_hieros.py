@@ -941,11 +941,13 @@ def test_the_law_is_the_distribution_of_expected_counts():
 def test_no_sequence_crosses_the_write_head(length, capacity):
     """Every sequence is consecutive in time, and every start can be drawn: for rings of any size, up to the
     smallest that holds a sequence, before they are full and after they have wrapped a hundred times."""
-    replay = counting_replay(capacity, length)
+    replay, given = counting_replay(capacity, length), {"t": np.zeros((200, length), np.int64)}
     for t in range(100 * capacity + 5):
         replay.add({"t": t})
         if length <= t + 1 < 3 * capacity or t > 100 * capacity:
-            batch = replay.sample(200)["t"]
+            out = given if t % 2 else None  # memory to draw into, as a GPU has
+            batch = replay.sample(200, out)["t"]
+            assert (batch is given["t"]) == bool(out)
             assert (np.diff(batch, axis=1) == 1).all()
             assert set(batch[:, 0]) == set(range(max(0, t + 1 - capacity), t + 2 - length))
 
@@ -1373,7 +1375,7 @@ def test_all_that_a_checkpoint_needs_is_on_the_disk_when_it_takes_its_name(tmp_p
     synced, stat = {}, os.fstat
     monkeypatch.setattr(os, "fsync", lambda file: synced.update({stat(file).st_ino: stat(file).st_size}))
     run = train.Run(catch_config(tmp_path), Catch())
-    run.remember(run.act())
+    run.act()
     run.log({"a line": 1})
     (tmp_path / "replay-0").mkdir()
     (tmp_path / "replay-0" / "000000000-000000004.npz.tmp").write_bytes(b"half")
@@ -1498,7 +1500,7 @@ EVALUATE = "evaluate.py run --episodes 1 --device cpu"
     (BEGIN + "--gmae pong", None, "unrecognized arguments: --gmae pong; --help"),
     (BEGIN + "--logdir", None, "--logdir: expected one argument"),
     (BEGIN + "--preset quick", None, "--preset: invalid choice: 'quick'"),
-    (BEGIN + "--batch_length 1", None, "--batch_length 1 is out of range: 2 to "),
+    (BEGIN + "--batch_length 1", None, "--batch_length 1 is out of range: at least 2\n"),
     (BEGIN + "--subgoal_classes 256", None, "--subgoal_classes 256 is out of range: 2 to 255"),
     (BEGIN + "--model_lr nan", None, "--model_lr nan is out of range"),
     (BEGIN + "--model_lr inf", None, "--model_lr inf is out of range"),
@@ -1843,8 +1845,8 @@ def test_an_environment_that_cannot_be_saved_starts_a_new_episode(registered, tm
                                 "logdir": str(tmp_path)})
     run, other = (train.Run(config, train.make_env("Tiny-v0")) for _ in range(2))
     drawn = random.random(), np.random.random()
-    for _ in range(3):
-        run.play(0)
+    run.play(0)
+    run.step = 3
     run.save()
     other.restore(train.load_checkpoint(tmp_path / "checkpoint.pt", "cpu"))
     assert other.now["is_first"][0] and other.score == 0 and other.step == 3 and other.env.t == 0
@@ -2119,7 +2121,7 @@ def saved_run(tmp_path_factory):
     """The directory of a run that has just begun, to be copied."""
     directory = tmp_path_factory.mktemp("saved") / "run"
     run = untrained_run(directory)
-    run.remember(run.act())  # one step for every replay
+    run.act()  # one step for every replay
     run.save()
     return directory
 
@@ -2476,7 +2478,7 @@ def test_a_world_model_alone_is_judged_by_what_it_was_not_trained_on(tmp_path, m
     assert lines[-1]["reward"] < lines[0]["reward"] and lines[0]["6 ahead"] is None  # CartPole gives 1 always
     run = untrained_run(tmp_path, "boxing", levels=2)
     for _ in range(70):
-        run.remember(run.act())
+        run.act()
         run.play(0)
     run.save()
     alone.main([str(tmp_path), "1"])
