@@ -123,8 +123,7 @@ class UsageError(Exception):
 
 @contextlib.contextmanager
 def blaming(what, show=False):
-    """Turns an error of this block, in which code or files of others are used, into one line. show: with its
-    traceback before it, in which the user finds the line of their own code."""
+    """Turns an error of this block, in code or files of others, into one line; show: after its traceback."""
     try:
         yield
     except Exception as error:  # torch's messages go on with dangerous advice after their first sentence
@@ -182,8 +181,7 @@ def make_config(given):
 # ---- The game ----------------------------------------------------------------------------------------------
 
 IMAGE = Box(0, 255, (64, 64, 3), np.uint8)
-# {game: (random, human)}: published mean scores of a random policy and of a human tester on the 26 games of
-# Atari 100k (Mnih et al. 2015, Wang et al. 2016).
+# {game: (random, human)}: published mean scores on Atari 100k (Mnih et al. 2015, Wang et al. 2016).
 REFERENCE = {
     "alien": (227.8, 7127.7), "amidar": (5.8, 1719.5), "assault": (222.4, 742.0), "asterix": (210.0, 8503.3),
     "bank_heist": (14.2, 753.1), "battle_zone": (2360.0, 37187.5), "boxing": (0.1, 12.1),
@@ -303,8 +301,7 @@ class Registered(gymnasium.Wrapper):
         Box of one axis, floats or integers                      (D,) float32
         Discrete                                                 (n,) float32, one-hot
 
-    An observation may leave its Box, and `info` is never read. Without a time limit it gets Atari's, since an
-    evaluation must end."""
+    An observation may leave its Box, `info` is never read. Without a time limit it gets Atari's."""
 
     def __init__(self, game, **options):
         self.name, self.t, id = game, 0, game.rpartition(":")[2]  # t: steps in this episode
@@ -410,8 +407,7 @@ class Recorded:
 
 
 def load_checkpoint(path, device):
-    """What Run.save wrote. Nothing in it is executed, should it come from a stranger: beside numbers, texts,
-    tensors, dicts and lists torch loads only NumPy's arrays."""
+    """What Run.save wrote, or a stranger: plain values, tensors and NumPy's arrays; no code is executed."""
     torch.serialization.add_safe_globals([np.ndarray, np.dtype, np.zeros(0).__reduce__()[0], *(
         type(np.dtype(name)) for name in ("bool", "uint8", "int64", "float32", "float64"))])
     return torch.load(path, map_location=device, weights_only=True)
@@ -443,8 +439,8 @@ class Run:
         self.update = [Recorded(level.update) for level in self.agent.levels]
         self.memory = self.agent.initial_memory(1)
         self.now = env_step(env.reset(seed=config.seed)[0], is_first=True)
-        self.step, self.score = 0, 0.0  # agent steps so far, return of this episode so far
-        self.curve, self.updates = [], [0] * config.levels  # [agent step, return] of every finished episode
+        self.step, self.score, self.updates = 0, 0.0, [0] * config.levels  # score: of this episode so far
+        self.curve = []  # [agent step, return] of every finished episode
         self.commits = [origin()["commit"] + "+" * origin()["dirty"]]  # of all code that has trained it
         self.pinned = {}  # {level: {name: tensor (B,T,...)}}, see `batch`
         self.sums = {}  # {level: (names of its metrics, their sums, number of updates)} since the last line
@@ -494,13 +490,13 @@ class Run:
                 self.updates[i] += 1
 
     def batch(self, i):
-        """A batch from the replay of level i, on the device. A GPU fetches pinned memory while the CPU goes
-        on; from other memory each copy would wait until all updates before it are done."""
+        """A batch from the replay of level i, on the device. From memory that is not pinned a copy to a GPU
+        would wait until all updates before it are done."""
         replay, size, device = self.replays[i], self.config.batch_size, self.config.device
         if device == "cpu":
             return {name: torch.from_numpy(array) for name, array in replay.sample(size).items()}
-        # To pin memory takes long, so it is pinned once. To write over the last batch is safe: `act`, between
-        # two draws, waits until the GPU has done all that it was asked for, and so has fetched that batch.
+        # Pinned once, since that takes long. The last batch may be written over: `act`, which comes between
+        # two draws, waits until the GPU has done all that it was asked for, so that batch has been fetched.
         if i not in self.pinned:
             self.pinned[i] = {name: torch.from_numpy(array.take(np.zeros((size, replay.length), int), 0))
                               .pin_memory() for name, array in replay.arrays.items()}
@@ -721,8 +717,7 @@ def write_json(value, file):
 
 def program(main):
     """Run main(argv) as a program that ends with an exit code, and with one line where something is wrong."""
-    sys.stdout = sys.stdout or open(os.devnull, "w")  # None: closed by the shell
-    sys.stderr = sys.stderr or open(os.devnull, "w")
+    sys.stdout, sys.stderr = (file or open(os.devnull, "w") for file in (sys.stdout, sys.stderr))  # if closed
     try:
         sys.exit(main(sys.argv[1:]))
     except KeyboardInterrupt:  # while it trains, Ctrl+C saves first
@@ -734,8 +729,7 @@ def program(main):
 
 
 def keep_freed_memory():
-    """Ask glibc to keep freed memory for the next tensor, instead of mapping and zeroing each large one anew,
-    which makes an update on the CPU a third slower."""
+    """Ask glibc to keep freed memory: to map each large tensor anew makes an update a third slower."""
     with contextlib.suppress(OSError, AttributeError):  # no glibc
         libc = ctypes.CDLL("libc.so.6")
         libc.mallopt(-4, 0)  # M_MMAP_MAX: map no blocks of their own
