@@ -86,16 +86,17 @@ class Replay:
         position = self.tau * etbs_cdf(u) + (1 - self.tau) * u
         return np.minimum((position * self.starts).astype(np.int64), self.starts - 1)
 
-    def sample(self, batch_size):
-        """A batch {name: array (B,T,...)} of sequences. Raises ValueError while not even one fits."""
+    def sample(self, batch_size, out=None):
+        """A batch {name: array (B,T,...)} of sequences, in the arrays `out` if given. Raises ValueError while
+        not even one fits."""
         if not self.starts:
             raise ValueError(f"the replay holds {len(self)} steps, a sequence needs {self.length}")
         first = self.total - len(self) + self.draw(batch_size)  # (B,) numbers of steps, as in the picture
         slot = (first[:, None] + np.arange(self.length)) % self.capacity  # (B,T)
-        return {name: array.take(slot, 0) for name, array in self.arrays.items()}
+        return {name: array.take(slot, 0, out and out[name], "clip")  # "raise" would buffer a copy of `out`
+                for name, array in self.arrays.items()}
 
-    # A checkpoint must not rewrite a gigabyte that has not changed. Each `save` writes only the steps since
-    # the last, in further files; `load` puts the files back into the ring one by one.
+    # A checkpoint must not rewrite what has not changed: `save` writes new steps only, in further files.
 
     def save(self, folder):
         """Write the steps since the last `save` to folder/FROM-TO.npz."""
@@ -116,11 +117,9 @@ class Replay:
                 path.unlink()
 
     def load(self, folder, total):
-        """Fill the ring with the steps up to number `total`, at which `save` was called.
-
-        Files of later steps belong to a checkpoint that was never completed; they are deleted. Raises
-        ValueError if a step is missing or a file damaged.
-        """
+        """Fill the ring, file by file, with the steps up to number `total`, at which `save` was called. Files
+        of later steps belong to a checkpoint that was never completed; they are deleted. Raises ValueError
+        if a step is missing or a file damaged."""
         self.total = self.saved = max(0, total - self.capacity)
         for path, start, stop in self._files(folder):
             if start >= total:

@@ -932,11 +932,13 @@ def test_the_law_is_the_distribution_of_expected_counts():
 def test_no_sequence_crosses_the_write_head(length, capacity):
     """Every sequence is consecutive in time, and every start can be drawn: for rings of any size, up to the
     smallest that holds a sequence, before they are full and after they have wrapped a hundred times."""
-    replay = counting_replay(capacity, length)
+    replay, given = counting_replay(capacity, length), {"t": np.zeros((200, length), np.int64)}
     for t in range(100 * capacity + 5):
         replay.add({"t": t})
         if length <= t + 1 < 3 * capacity or t > 100 * capacity:
-            batch = replay.sample(200)["t"]
+            out = given if t % 2 else None  # memory to draw into, as a GPU has
+            batch = replay.sample(200, out)["t"]
+            assert (batch is given["t"]) == bool(out)
             assert (np.diff(batch, axis=1) == 1).all()
             assert set(batch[:, 0]) == set(range(max(0, t + 1 - capacity), t + 2 - length))
 
@@ -1081,7 +1083,10 @@ def test_a_checkpoint_changes_its_device(device, tmp_path):
         assert {p.device.type for p in here.agent.parameters()} == {place}
         train.train(here, progress=False)
         assert here.step == steps and min(here.updates) > 0
-        there = here
+        for before in [here.rng.bit_generator.state] * 2:  # the second batch comes in the memory of the first
+            here.rng.bit_generator.state, batch = before, here.batch(0)
+        here.rng.bit_generator.state, there = before, here
+        assert all(np.array_equal(batch[name].cpu(), drawn) for name, drawn in here.replays[0].sample(4).items())
 
 
 @on_gpu
@@ -1357,7 +1362,7 @@ def test_all_that_a_checkpoint_needs_is_on_the_disk_when_it_takes_its_name(tmp_p
     synced, stat = {}, os.fstat
     monkeypatch.setattr(os, "fsync", lambda file: synced.update({stat(file).st_ino: stat(file).st_size}))
     run = train.Run(catch_config(tmp_path), Catch())
-    run.remember(run.act())
+    run.act()
     run.log({"a line": 1})
     (tmp_path / "replay-0").mkdir()
     (tmp_path / "replay-0" / "000000000-000000004.npz.tmp").write_bytes(b"half")
@@ -1425,6 +1430,7 @@ EVALUATE, CANNOT = "evaluate.py run --episodes 1 --device cpu", "run/checkpoint.
     (BEGIN + "--game xyz", None, "nearest: none; .*my_module:MyEnv-v0"),
     (BEGIN + "--game no_such:Game-v0", None, "--game no_such:Game-v0: importing no_such fails: Module"),
     (BEGIN + "--gmae pong", None, "unrecognized arguments: --gmae pong; --help"),
+    (BEGIN + "--batch_length 1", None, "--batch_length 1 is out of range: at least 2\n"),
     (BEGIN + "--subgoal_classes 256", None, "--subgoal_classes 256 is out of range: 2 to 255"),
     (BEGIN + "--model_lr nan", None, "--model_lr nan is out of range"),
     (BEGIN + "--steps 299", None, "--steps 299 ends before the first update, at --warmup 300"),
@@ -1675,6 +1681,7 @@ def test_an_environment_that_cannot_be_saved_starts_a_new_episode(registered, tm
     (run, drawn), (other, again) = begun(), begun()
     for _ in range(3):
         run.play(0)
+    run.step = 3
     run.save()
     other.restore(train.load_checkpoint(tmp_path / "checkpoint.pt", "cpu"))
     assert other.now["is_first"][0] and other.score == 0 and other.step == 3 and other.env.t == 0
@@ -1830,7 +1837,7 @@ def untrained_run(directory, game="breakout", **settings):
 def saved_run(tmp_path_factory):
     """The directory of a run that has just begun, to be copied."""
     run = untrained_run(tmp_path_factory.mktemp("saved") / "run")
-    run.remember(run.act())  # one step for every replay
+    run.act()  # one step for every replay
     run.save()
     return run.directory
 

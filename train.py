@@ -55,9 +55,10 @@ def setting(paper, low=-1e99, high=1e99, choices=None, **presets):
 @dataclasses.dataclass
 class Config:
     """Every setting of a run; each is a flag of the command line. Presets: `paper`, for Atari on a GPU, has
-    the values of Hieros unless the comment says otherwise; `cpu` is an hour of Atari on two cores, where that
-    takes five days: smaller networks, a tenth of the updates, for which rates are higher; `vector`, minutes,
-    is for observations that are no images; `debug` learns nothing in its minute."""
+    the values of Hieros unless the comment says otherwise. `cpu` is an hour of Atari on two cores: smaller
+    networks, a tenth of the updates, higher rates. `vector` is for observations that are no images, `debug`
+    learns nothing in its minute."""
+    # The run.
     game: str = setting("pong")  # Atari game in any spelling, CartPole-v1, my_module:MyEnv-v0
     preset: str = setting("auto", choices=["auto", "paper", "cpu", "vector", "debug"])  # auto takes what fits
     seed: int = setting(0, 0, 2 ** 63 - 1)  # seed of everything random
@@ -66,6 +67,7 @@ class Config:
     levels: int = setting(3, 1, 6)  # L, levels of the hierarchy; 1 is the flat agent
     k: int = setting(4, 2, 64)  # a level acts every k ticks of the level below
     steps: int = setting(100_000, 1, vector=20_000, debug=1200)  # agent steps; on Atari each is 4 frames
+    # Experience.
     warmup: int = setting(1000, 0, vector=2500, debug=300)  # agent steps before the first update
     warmup_hold: int = setting(1, 1, vector=4)  # steps for which each action is held before the first update
     train_every: int = setting(1, 1, cpu=10, vector=6, debug=10)  # agent steps an update of level 0, see Run
@@ -73,6 +75,7 @@ class Config:
     batch_length: int = setting(64, 2, cpu=32, vector=32, debug=16)  # T, steps in a sequence
     replay_size: int = setting(100_000, 1, debug=2000)  # steps that level 0 keeps; level i k^i times fewer
     tau: float = setting(0.3, 0, 1)  # temperature of time-balanced sampling; 0 is uniform
+    # World model.
     stoch: int = setting(32, 1, vector=16, debug=8)  # categoricals in the stochastic state z
     classes: int = setting(32, 2, 255, cpu=16, vector=16, debug=8)  # classes of each of them
     hidden: int = setting(256, 1, cpu=128, vector=64, debug=64)  # H, size of h and features of the S5 layers
@@ -85,6 +88,7 @@ class Config:
     sharpness: float = setting(10.0, 0)  # factor of the initial posterior's logits (Hieros: 1)
     kl_warmup: int = setting(200, 0, vector=100, debug=20)  # updates without KL, which then rises (Hieros: 0)
     decoded: float = setting(1.0, 0, 1, cpu=0.25)  # share of a batch's observations that is decoded to learn
+    # Behaviour.
     horizon: int = setting(16, 2, cpu=10, vector=15, debug=5)  # imagined steps
     starts: int = setting(1024, 1, cpu=128, vector=96, debug=32)  # imagined rollouts an update, up to B * T
     gamma: float = setting(0.997, 0, 1, cpu=0.99, vector=0.99)  # discount of a tick
@@ -101,6 +105,7 @@ class Config:
     actor_lr: float = setting(3e-5, 0, cpu=3e-4, vector=5e-4)  # learning rate of the actors
     critic_lr: float = setting(3e-5, 0, cpu=1e-3, vector=3e-3)  # learning rate of the critics
     autoencoder_lr: float = setting(1e-4, 0, cpu=1e-3, vector=1e-3)  # of the subgoal autoencoders
+    # The machine.
     precision: str = setting("tf32", choices=["tf32", "float32", "bf16"])  # of matrix products
     log_every: int = setting(500, 1, debug=100)  # agent steps between lines of metrics.jsonl
     save_every: int = setting(2500, 1, debug=400)  # agent steps between checkpoints
@@ -114,15 +119,17 @@ RESUMABLE = {"steps", "logdir", "device", "log_every", "save_every", "eval_episo
 
 
 class UsageError(Exception):
-    """The user can mend this: one line that says what is wrong and what would be right; exit code 2."""
+    """The user can mend this: one line says what is wrong and what would be right; exit code 2."""
 
 
 @contextlib.contextmanager
-def blaming(what):
-    """Turns an error of this block, which imports code of others or reads their files, into one line."""
+def blaming(what, show=False):
+    """Turns an error of this block, in code or files of others, into one line; show: after its traceback."""
     try:
         yield
     except Exception as error:  # torch's messages go on with dangerous advice after their first sentence
+        if show:
+            traceback.print_exc()
         raise UsageError(f"{what}: {type(error).__name__}, {str(error).split('. ')[0][:300]}") from error
 
 
@@ -165,7 +172,8 @@ def make_config(given):
     for field in dataclasses.fields(Config):
         value, (low, high) = vars(config)[field.name], field.metadata["range"]
         if field.type is not str and not low <= value <= high:
-            raise UsageError(f"--{field.name} {value} is out of range: {low} to {high}")
+            raise UsageError(f"--{field.name} {value} is out of range: "
+                             + (f"{low} to {high}" if high < 1e99 else f"at least {low}"))
     if config.steps < config.warmup:
         raise UsageError(f"--steps {config.steps} ends before the first update, at --warmup {config.warmup}")
     return config
@@ -174,8 +182,7 @@ def make_config(given):
 # ---- The game ----------------------------------------------------------------------------------------------
 
 IMAGE = Box(0, 255, (64, 64, 3), np.uint8)
-# {game: (random, human)}: mean scores of a random policy and of a human tester on the 26 games of Atari 100k
-# (published; they come with every Atari 100k paper, first in Mnih et al. 2015 and Wang et al. 2016).
+# {game: (random, human)}: published mean scores on Atari 100k (Mnih et al. 2015, Wang et al. 2016).
 REFERENCE = {
     "alien": (227.8, 7127.7), "amidar": (5.8, 1719.5), "assault": (222.4, 742.0), "asterix": (210.0, 8503.3),
     "bank_heist": (14.2, 753.1), "battle_zone": (2360.0, 37187.5), "boxing": (0.1, 12.1),
@@ -197,8 +204,8 @@ def atari_games():
 
 
 def game_name(game):
-    """The one name of a game: ours for Atari, in whatever spelling; Gymnasium's for all else, behind the name
-    of the module that registers it, if there is one. Raises UsageError with the nearest names."""
+    """The one name of a game: ours for Atari, in whatever spelling; Gymnasium's for all else, behind the
+    module that registers it. Raises UsageError with the nearest names."""
     module, _, id = game.rpartition(":")
     if module:
         sys.path += [""] * ("" not in sys.path)  # the working directory, for a train.py that lies elsewhere
@@ -219,20 +226,23 @@ def make_env(game, **options):
     return Atari(game) if game in atari_games() else Registered(game, **options)
 
 
+@functools.cache  # a game's screens all have one size
+def area_weights(inputs):
+    """(64, inputs): how much of each input pixel falls into each of 64 areas. Rows sum to one."""
+    edges, pixel = np.arange(65) * (inputs / 64), np.arange(inputs)
+    overlap = np.minimum(edges[1:, None], pixel + 1) - np.maximum(edges[:-1, None], pixel)
+    return torch.from_numpy((overlap.clip(min=0) * (64 / inputs)).astype(np.float32))
+
+
 def shrink(image):
     """An image (height, width[, 1 or 3]) as (64,64,3) bytes: the exact mean over each area, in float32. By
     torch: NumPy's matmul has threads of its own, which fight torch's and make acting five times slower."""
-    def weights(inputs):  # (64, inputs): how much of each input pixel falls into each of 64; rows sum to one
-        edges, pixel = np.arange(65) * (inputs / 64), np.arange(inputs)
-        overlap = np.minimum(edges[1:, None], pixel + 1) - np.maximum(edges[:-1, None], pixel)
-        return torch.from_numpy((overlap.clip(min=0) * (64 / inputs)).astype(np.float32))
-
     height, width = image.shape[:2]
     with torch.autocast("cpu", enabled=False):
         pixels = torch.from_numpy(np.ascontiguousarray(image, np.float32)).view(height, -1)
-        rows = (weights(height) @ pixels).view(64, width, -1)
-        # Columns in front, so that it is one product again: 64 small ones take four times as long.
-        columns = weights(width) @ rows.transpose(0, 1).reshape(width, -1)
+        rows = (area_weights(height) @ pixels).view(64, width, -1)
+        # Columns in front: one product again, which takes a quarter of the time of 64 small ones.
+        columns = area_weights(width) @ rows.transpose(0, 1).reshape(width, -1)
         return columns.view(64, 64, -1).transpose(0, 1).round().byte().expand(64, 64, 3).numpy()
 
 
@@ -292,8 +302,7 @@ class Registered(gymnasium.Wrapper):
         Box of one axis, floats or integers                      (D,) float32
         Discrete                                                 (n,) float32, one-hot
 
-    Only what the agent needs is asked of it: an observation may leave its Box, and `info` is never read. The
-    time limit is its own; without one it is as long as Atari's: an evaluation must end."""
+    An observation may leave its Box, `info` is never read. Without a time limit it gets Atari's."""
 
     def __init__(self, game, **options):
         self.name, self.t, id = game, 0, game.rpartition(":")[2]  # t: steps in this episode
@@ -313,9 +322,8 @@ class Registered(gymnasium.Wrapper):
         self.action_space = Discrete(int(actions.n))
 
     def _ask(self, method, *arguments, **options):
-        """What reset or step returns, with the observation as the agent sees it, and {} for info. An error's
-        traceback, which shows the user's own code, is printed before UsageError says it in one line."""
-        try:
+        """What reset or step returns, with the observation as the agent sees it, and {} for info."""
+        with blaming(f"{self.name} fails at step {self.t} of an episode", show=True):
             array, *numbers = method(*arguments, **options)
             numbers = [np.asarray(number).item() for number in numbers[:-1]]
             if isinstance(self.seen, Discrete):
@@ -329,10 +337,6 @@ class Registered(gymnasium.Wrapper):
             if not np.isfinite(array).all() or not np.isfinite(np.float32(numbers)).all():
                 raise ValueError("an observation or a reward that is not finite in float32")
             return array, *numbers, {}
-        except Exception as error:
-            traceback.print_exc()
-            raise UsageError(f"{self.name} fails at step {self.t} of an episode: {type(error).__name__},"
-                             f" {error}") from error
 
     def reset(self, **options):
         self.t = 0
@@ -343,18 +347,16 @@ class Registered(gymnasium.Wrapper):
         return self._ask(self.env.step, int(action) + int(self.env.action_space.start))
 
     def close(self):
-        try:
+        with contextlib.suppress(UsageError), blaming("", show=True):  # it must not cost a score
             super().close()
-        except Exception:
-            traceback.print_exc()  # and no more: it must not cost a score
 
 
 # ---- The run -----------------------------------------------------------------------------------------------
 
 def make_agent(config, env):
     """The agent of a Config for an environment's spaces, on the Config's device."""
-    # Said for the whole process: may a GPU shorten float32 to TF32, 10 bits of mantissa, in matrix products?
-    # The recurrence of S5, in which errors would add up, is no such product: it keeps all of its bits.
+    # For the whole process: a GPU may shorten float32 to TF32, 10 bits of mantissa, in matrix products. The
+    # recurrence of S5, in which errors would add up, is no such product: it keeps all of its bits.
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = config.precision == "tf32"
     settings = vars(config) | {"memory": config.batch_length}
     model, behaviour = ({name: settings[name] for name in inspect.signature(kind).parameters
@@ -374,8 +376,8 @@ def autocast(config):
 
 def env_step(observation, reward=0.0, terminated=False, truncated=False, *_, is_first=False):
     """What an environment's step gave, as arrays of one environment: the arguments of Hieros.act."""
-    # A time limit ends the episode, but not the world: only what is terminal has no future worth. (The
-    # published code takes both for death, so an agent that survives learns that it will die.)
+    # A time limit is no death: only what is terminal has no future worth. (The published code takes both for
+    # death, so an agent that survives learns that it will die.)
     return {"observation": observation[None], "reward": np.float32([reward]),
             "is_first": np.array([is_first]), "is_last": np.array([terminated or truncated], bool),
             "is_terminal": np.array([terminated], bool)}
@@ -383,9 +385,9 @@ def env_step(observation, reward=0.0, terminated=False, truncated=False, *_, is_
 
 class Recorded:
     """The update of a level, on a GPU as one CUDA graph: the second call records it, later ones play it back.
-    An update is thousands of kernels so small that a GPU has done each before the CPU has asked for the next;
-    of a graph all are asked for at once. It holds addresses, not values: the batch is copied to where the
-    recorded one lies, metrics come out where they came out then, and the weights stay in their places."""
+    An update is thousands of kernels, each done before the CPU has asked for the next; of a graph all are
+    asked for at once. It holds addresses, not values: the batch is copied to where the recorded one lies,
+    metrics come out where they came out then, and the weights stay in their places."""
 
     def __init__(self, update):
         self.update, self.batch, self.graph = update, None, None
@@ -440,33 +442,33 @@ class Run:
         self.update = [Recorded(level.update) for level in self.agent.levels]
         self.memory = self.agent.initial_memory(1)
         self.now = env_step(env.reset(seed=config.seed)[0], is_first=True)
-        self.step, self.score = 0, 0.0  # agent steps so far, return of this episode so far
-        self.curve, self.updates = [], [0] * config.levels  # [agent step, return] of every finished episode
+        self.step, self.score, self.updates = 0, 0.0, [0] * config.levels  # score: of this episode so far
+        self.curve = []  # [agent step, return] of every finished episode
         self.commits = [origin()["commit"] + "+" * origin()["dirty"]]  # of all code that has trained it
+        self.pinned = {}  # {level: {name: tensor (B,T,...)}}, see `batch`
         self.sums = {}  # {level: (names of its metrics, their sums, number of updates)} since the last line
         self.seconds, self.logged = 0.0, 0  # wall time of training and step, at the last line of the log
         self.began, self.metrics = time.perf_counter(), self.directory / "metrics.jsonl"
         self.directory.mkdir(parents=True, exist_ok=True)
 
     def act(self):
-        """Every level that is due updates its state and chooses. Returns what each has to remember."""
+        """Every level that is due updates its state, chooses and remembers. Returns the action to play."""
         level = self.memory["levels"][0]
         with autocast(self.config):
             self.memory, ticks = self.agent.act(self.memory, **self.now, discretised=self.discretised)
-            # At first it plays at random; where it changes its mind at each step, it may get nowhere. What is
-            # held must stand in the memory, too: the world model is told it as the last action.
+            # Random play that changes its mind at each step may get nowhere. What is held must stand in the
+            # memory, too: the world model is told it as the last action.
             if self.step < self.config.warmup and self.memory["t"][0] % self.config.warmup_hold:
                 ticks[0]["action"] = self.memory["levels"][0]["action"] = level["action"]
-            return self.agent.transitions(ticks)
-
-    def remember(self, transitions):
+            transitions = self.agent.transitions(ticks)
         for replay, transition in zip(self.replays, transitions):
             replay.add(transition)
+        return int(transitions[0]["action"][0])
 
     def play(self, action):
         """One step of the game."""
         given = self.env.step(action)
-        self.step, self.score, self.now = self.step + 1, self.score + float(given[1]), env_step(*given)
+        self.score, self.now = self.score + float(given[1]), env_step(*given)
 
     def restart(self):
         """The next episode."""
@@ -491,12 +493,18 @@ class Run:
                 self.updates[i] += 1
 
     def batch(self, i):
-        """A batch from the replay of level i, on the device. A GPU fetches pinned memory while the CPU goes
-        on; from other memory each copy would wait until all updates before it are done."""
-        batch, device = self.replays[i].sample(self.config.batch_size), self.config.device
-        batch = {name: torch.from_numpy(array) for name, array in batch.items()}
-        return batch if device == "cpu" else {name: tensor.pin_memory().to(device, non_blocking=True)
-                                              for name, tensor in batch.items()}
+        """A batch from the replay of level i, on the device. From memory that is not pinned a copy to a GPU
+        would wait until all updates before it are done."""
+        replay, size, device = self.replays[i], self.config.batch_size, self.config.device
+        if device == "cpu":
+            return {name: torch.from_numpy(array) for name, array in replay.sample(size).items()}
+        # Pinned once, since that takes long. The last batch may be written over: `act`, which comes between
+        # two draws, waits until the GPU has done all that it was asked for, so that batch has been fetched.
+        if i not in self.pinned:
+            self.pinned[i] = {name: torch.from_numpy(array.take(np.zeros((size, replay.length), int), 0))
+                              .pin_memory() for name, array in replay.arrays.items()}
+        replay.sample(size, {name: tensor.numpy() for name, tensor in self.pinned[i].items()})
+        return {name: tensor.to(device, non_blocking=True) for name, tensor in self.pinned[i].items()}
 
     def log(self, values):
         """One more line of metrics.jsonl, a JSON object. The names are DreamerV3's where it has one."""
@@ -516,9 +524,8 @@ class Run:
         self.sums, self.logged, self.seconds = {}, self.step, now
 
     def save(self):
-        """Write a checkpoint, such that a kill at any moment leaves one: first what the new one needs beside
-        it, then itself under another name, then it takes the old one's name, and only then what the old one
-        alone needed is deleted. Each file is on the disk before the next step."""
+        """Write a checkpoint, such that a kill at any moment leaves one: what it needs beside it is on the
+        disk before it takes the old one's name, and what only the old one needed is deleted after that."""
         if self.step > self.logged:
             self.write_means()  # which raises if a loss is not finite: that must not get into a checkpoint
         for i, replay in enumerate(self.replays):
@@ -584,13 +591,15 @@ def train(run, progress=True):
             if number == signal.SIGINT or signal.getsignal(number) != signal.SIG_IGN:  # nohup ignores SIGHUP
                 after.callback(signal.signal, number, signal.signal(number, stop))
         while run.step < c.steps and not stopped:
-            transitions = run.act()
-            run.remember(transitions)
+            action = run.act()
             if run.now["is_last"][0]:
                 run.restart()  # the last step is remembered, for its reward and its end; its action has no
                 continue       # effect, so it is not one of config.steps
-            run.play(int(transitions[0]["action"][0]))
+            run.step += 1
+            # The update first: a GPU computes it while the CPU plays the game, and the next `act` waits for
+            # both. What it learns from is in the replay already.
             run.learn()
+            run.play(action)
             bar.disable = not progress or bool(stopped)  # Ctrl+C may have ended its reader, too: `| tee log`
             bar.update()
             if run.step % c.log_every == 0:
@@ -606,9 +615,8 @@ def train(run, progress=True):
 # ---- The score and the command line ------------------------------------------------------------------------
 
 def play(agent, make, episodes, seed=0, progress=True):
-    """The returns of `episodes` episodes, played side by side by an agent that samples its actions; the agent
-    None plays at random. Each environment plays equally many: those that end first are the short ones. Of one
-    that fails only the episodes before count."""
+    """The returns of `episodes` episodes, played side by side by an agent, at random if it is None. Each
+    environment plays equally many: those that end first are the short ones. One that fails keeps its own."""
     envs, now, seed = [], [], seed_globally(seed)  # now: an env_step of each
     with contextlib.ExitStack() as opened:
         try:
@@ -637,14 +645,13 @@ def play(agent, make, episodes, seed=0, progress=True):
                         now[i], score[i] = env_step(envs[i].reset()[0], is_first=True), 0.0
                         continue
                     given = envs[i].step(action[i])
+                    now[i], score[i] = env_step(*given), score[i] + float(given[1])
+                    if now[i]["is_last"][0] and len(returns[i]) < episodes // n:
+                        returns[i].append(score[i])
+                        bar.update()
                 except UsageError as error:
                     print(error, file=sys.stderr)
                     playing.remove(i)
-                    continue
-                now[i], score[i] = env_step(*given), score[i] + float(given[1])
-                if now[i]["is_last"][0] and len(returns[i]) < episodes // n:
-                    returns[i].append(score[i])
-                    bar.update()
     return sum(returns, [])
 
 
@@ -667,8 +674,7 @@ def statistics(returns):
 
 
 def evaluation(config, agent, past, episodes, seed):
-    """Play for a score. Returns all that is known of a run, for a JSON file. past: a checkpoint or vars(run),
-    of which step, seconds, curve and commits count."""
+    """Play for a score. Returns all that is known of a run, to be JSON. past: a checkpoint, or vars(run)."""
     make = functools.partial(make_env, config.game)
     with autocast(config):
         returns = play(agent, make, episodes, seed)
@@ -715,8 +721,7 @@ def write_json(value, file):
 
 def program(main):
     """Run main(argv) as a program that ends with an exit code, and with one line where something is wrong."""
-    sys.stdout = sys.stdout or open(os.devnull, "w")  # None: closed by the shell
-    sys.stderr = sys.stderr or open(os.devnull, "w")
+    sys.stdout, sys.stderr = (file or open(os.devnull, "w") for file in (sys.stdout, sys.stderr))  # if closed
     try:
         sys.exit(main(sys.argv[1:]))
     except KeyboardInterrupt:  # while it trains, Ctrl+C saves first
@@ -728,8 +733,7 @@ def program(main):
 
 
 def keep_freed_memory():
-    """Ask glibc to keep freed memory for the next tensor. Else every tensor over some hundred kB is mapped
-    anew and zeroed page by page, which makes an update on the CPU a third slower."""
+    """Ask glibc to keep freed memory: to map each large tensor anew makes an update a third slower."""
     with contextlib.suppress(OSError, AttributeError):  # no glibc
         libc = ctypes.CDLL("libc.so.6")
         libc.mallopt(-4, 0)  # M_MMAP_MAX: map no blocks of their own

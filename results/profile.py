@@ -37,13 +37,13 @@ def timed(work, device):
 
 
 def measure(run, updates=5):
-    """All that is measured, as a dictionary."""
+    """All that is measured, as a dictionary. The game's step counts in full, though on a GPU train.py plays it
+    while an update is computed."""
     config, device, times = run.config, run.config.device, []  # times: [seconds of acting, of the game]
     run.log = lambda values: None
     while not all(replay.starts for replay in run.replays) or len(times) < 200:
-        acting, steps = timed(run.act, device)
-        run.remember(steps)
-        game = run.restart if run.now["is_last"][0] else lambda: run.play(int(steps[0]["action"][0]))
+        acting, action = timed(run.act, device)
+        game = run.restart if run.now["is_last"][0] else lambda: run.play(action)
         times.append([acting, timed(game, device)[0]])
     act, env = np.mean(times[len(times) // 2:], 0).tolist()
     (a, b), levels, seconds = torch.rand(2, 1024, 1024, device=device), [], config.steps * (act + env)
