@@ -1086,7 +1086,8 @@ def test_a_checkpoint_changes_its_device(device, tmp_path):
         for before in [here.rng.bit_generator.state] * 2:  # the second batch comes in the memory of the first
             here.rng.bit_generator.state, batch = before, here.batch(0)
         here.rng.bit_generator.state, there = before, here
-        assert all(np.array_equal(batch[name].cpu(), drawn) for name, drawn in here.replays[0].sample(4).items())
+        drawn = here.replays[0].sample(8)
+        assert all(np.array_equal(value.cpu(), drawn[name]) for name, value in batch.items())
 
 
 @on_gpu

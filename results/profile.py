@@ -37,8 +37,8 @@ def timed(work, device):
 
 
 def measure(run, updates=5):
-    """All that is measured, as a dictionary. The game's step counts in full, though on a GPU train.py plays it
-    while an update is computed."""
+    """All that is measured, as a dictionary. The game's step counts in full, though on a GPU train.py plays
+    it while an update is computed."""
     config, device, times = run.config, run.config.device, []  # times: [seconds of acting, of the game]
     run.log = lambda values: None
     while not all(replay.starts for replay in run.replays) or len(times) < 200:
