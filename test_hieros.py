@@ -2197,8 +2197,7 @@ def test_a_module_of_ones_own(tmp_path, monkeypatch, refused):
     monkeypatch.setattr(sys, "path", [path for path in sys.path if path])
     config = train.make_config({"game": "corridor:Corridor-v0", "device": "cpu"})
     assert (config.game, config.preset) == ("corridor:Corridor-v0", "vector")
-    given, _ = train.parse_config(["--game", "corridor:Corridor-v0", "--seed", "3"])
-    assert given["logdir"] == "runs/corridor_Corridor-v0-3"
+    assert config.logdir == "runs/corridor_Corridor-v0-0"
     env = train.make_env(config.game, render_mode="rgb_array")
     env.reset(seed=0)
     assert env.render().shape == (40, 60, 3) and train.make_env(config.game).render_mode is None
