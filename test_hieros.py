@@ -1668,8 +1668,9 @@ def test_a_module_of_ones_own(tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "path", [path for path in sys.path if path])
     monkeypatch.chdir(tmp_path)
     given, _ = train.parse_config(["--game", "corridor:Corridor-v0", "--device", "cpu"])
-    assert given["logdir"] == "runs/corridor_Corridor-v0-0"
-    assert train.make_env(train.make_config(given).game, render_mode="rgb_array").render_mode == "rgb_array"
+    config = train.make_config(given)
+    assert config.logdir == "runs/corridor_Corridor-v0-0" and config.preset == "vector"
+    assert train.make_env(config.game, render_mode="rgb_array").render_mode == "rgb_array"
 
 
 def test_an_environment_that_cannot_be_saved_starts_a_new_episode(registered, tmp_path):

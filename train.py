@@ -139,7 +139,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def parse_config(argv):
-    """({explicitly given name: value} with the logdir, resume) of a command line."""
+    """({explicitly given name: value}, resume) of a command line. UsageError; only --help exits."""
     parser = Parser(usage="train.py [any setting below] [--resume]", epilog=__doc__, allow_abbrev=False,
                     formatter_class=argparse.RawDescriptionHelpFormatter)
     # The comment that explains a setting above is its help text, too.
@@ -149,8 +149,6 @@ def parse_config(argv):
                             default=argparse.SUPPRESS, help=f"{helps[field.name]} (default {field.default})")
     parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint, if any")
     given = vars(parser.parse_args(argv))
-    name = f"{game_name(given.get('game', Config.game))}-{given.get('seed', Config.seed)}"
-    given["logdir"] = os.path.expanduser(given.get("logdir") or "runs/" + re.sub(r"[^\w.-]", "_", name))
     return given, given.pop("resume")
 
 
@@ -158,6 +156,8 @@ def make_config(given):
     """The Config of the explicitly given values over the preset's. UsageError if a value makes no sense."""
     config = Config(**given)
     config.game = game_name(config.game)
+    name = re.sub(r"[^\w.-]", "_", f"{config.game}-{config.seed}")
+    config.logdir = os.path.expanduser(config.logdir or f"runs/{name}")
     if config.device == "auto":
         config.device = "cuda" if torch.cuda.is_available() else "cpu"
     if not re.fullmatch(r"cpu|cuda(:\d+)?", config.device):
@@ -744,9 +744,10 @@ def main(argv):
     """A run from its command line to its score. Returns the exit code."""
     keep_freed_memory()
     given, resume = parse_config(argv)
-    directory = Path(given["logdir"])
+    place = make_config({"preset": "debug"} | {name: given[name] for name in given.keys() & {
+        "game", "seed", "logdir", "device"}})
+    directory, again = Path(place.logdir), f"python train.py --logdir {shlex.quote(place.logdir)} --resume"
     path, score = directory / "checkpoint.pt", directory / "evaluation.json"
-    again = f"python train.py --logdir {shlex.quote(given['logdir'])} --resume"
     if path.exists() and not resume:
         raise UsageError(f"{directory} already exists: add --resume to go on, or choose another --logdir")
     config = None if path.exists() else make_config(given)  # a wrong setting leaves no directory behind
@@ -759,9 +760,9 @@ def main(argv):
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # however this process ends, it is gone then
         if resume := resume and path.exists():
             with blaming(f"{path} cannot be used"):
-                device = make_config({"preset": "debug", "device": given.get("device", "auto")}).device
-                past = load_checkpoint(path, device)
-                config = make_config(past["config"] | given | {"device": device})
+                past = load_checkpoint(path, place.device)
+                config = make_config(past["config"] | given | {
+                    "logdir": place.logdir, "device": place.device})
             if "optimisers" not in past:
                 raise UsageError(f"{path} is an exported agent: it can be played, not trained on")
             for name in given.keys() - RESUMABLE:
