@@ -42,6 +42,8 @@ def measure(directory, steps=5000, ahead=(1, 2, 3, 5, 10)):
     """What is printed of one run, as a dictionary."""
     torch.manual_seed(0)
     past = train.load_checkpoint(Path(directory) / "checkpoint.pt", "cpu")
+    if "optimisers" not in past:
+        raise train.UsageError(f"{directory} is an exported agent: it has no critics that could promise")
     # Without settings that have gone since this run was trained: they were off.
     settings = {name: value for name, value in past["config"].items() if hasattr(train.Config, name)}
     config = train.make_config(settings | {"device": "cpu", "logdir": str(directory)})
