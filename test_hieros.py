@@ -40,7 +40,6 @@ from s5 import S5Block, S5Layer, S5Stack, complex_view, hippo_n, scan, scan_sequ
 from world_model import (Patches, State, TwoHot, WorldModel, entropy, kl_balance, sample_onehot,
                          straight_through, symexp, symlog, unimix)
 
-
 HERE = Path(__file__).parent
 warnings.filterwarnings("ignore", category=pytest.PytestUnknownMarkWarning)  # no file declares slow and gpu
 slow = pytest.mark.slow
