@@ -16,6 +16,7 @@ exit codes: 0 done; 2 the command or a file is wrong, one line on the standard e
 """
 
 import argparse
+import contextlib
 import csv
 import dataclasses
 import json
@@ -49,7 +50,8 @@ def load_run(directory, device):
     with blaming(f"{path} cannot be used"):
         checkpoint = load_checkpoint(path, "cpu")
         config = make_config(checkpoint["config"] | {"device": device, "logdir": str(directory)})
-        agent = make_agent(config, make_env(config.game))
+        with contextlib.closing(make_env(config.game)) as env:
+            agent = make_agent(config, env)
         if "optimisers" not in checkpoint:  # exported: only training needs these, and they are not in it
             for level in agent.levels:
                 del level.critics, level.slow_critics, level.normaliser

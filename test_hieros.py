@@ -1184,7 +1184,7 @@ class Scripted(gymnasium.Env):
         self.t, self.steps = self.t + 1, self.steps + 1
         self.taken.append(action)
         self.faults[0](self)
-        last, cut = self.t >= self.length, self.cut(self.episode)
+        last, cut = range(self.length + 1)[self.t] == self.length, self.cut(self.episode)  # never after it
         reward = self.reward(self) if callable(self.reward) else self.reward
         return self.give(self), reward, self.end(last and not cut), self.end(last and cut), self.info()
 
@@ -1247,21 +1247,21 @@ def test_resumed_run_is_bitwise_the_undisturbed_one(tmp_path):
 
     train.train(whole := begun("whole"), progress=False)
     train.train(first := begun("parts", steps=200), progress=False)
+    first.log({"after": "the checkpoint"})  # will be written again
     second = begun("parts", seed=1)  # whatever it starts from is replaced
     second.restore(train.load_checkpoint(tmp_path / "parts" / "checkpoint.pt", "cpu"))
     assert second.step == 200 and same_bits(second.discretised, first.agent.discretise())
     train.train(second, progress=False)
     assert metrics_of(tmp_path / "whole") == metrics_of(tmp_path / "parts")
-    assert second.curve == whole.curve and second.updates == whole.updates and min(whole.updates) > 0
-    assert same_bits(whole.agent.state_dict(), second.agent.state_dict())
+    assert all(vars(second)[name] == vars(whole)[name] for name in ("curve", "updates", "commits"))
+    assert min(whole.updates) > 0 and same_bits(whole.agent.state_dict(), second.agent.state_dict())
     assert same_bits(whole.discretised, whole.agent.discretise())
     before, whole.step = list(whole.discretised), 402  # a multiple of train_every, not of train_every * k
     whole.learn()
     assert whole.discretised[0] is not before[0] and whole.discretised[1] is before[1]
-    # Scores, lengths, losses and speed stand under the names that users of DreamerV3 know, a line a level.
     lines = [json.loads(line) for line in whole.metrics.read_text().splitlines()]
     assert {line["episode/length"] for line in lines if "episode/score" in line} == {18}
-    names = {f"train/{name}" for name in (
+    names = {f"train/{name}" for name in (  # as users of DreamerV3 know them, a line a level
         "loss/vector", "loss/rew", "loss/con", "loss/dyn", "loss/policy", "loss/value_extrinsic", "rep_ent",
         "dyn_ent", "ent/action", "adv_std", "rew/extrinsic", "ret/extrinsic", "val/extrinsic")}
     assert {line["level"] for line in lines if names <= line.keys()} == {0, 1}
