@@ -7,7 +7,7 @@ Symbols as in world_model.py and hierarchy.py: z, h, g (subgoal code), g_h (the 
 
 examples:
   python evaluate.py runs/pong-0                          play 100 episodes, write the score beside training's
-  python evaluate.py runs/pong-0 --episodes 20 --json -   JSON on the standard output, for scripts
+  python evaluate.py runs/pong-0 --episodes 20 --json score.json
   python evaluate.py runs/pong-0 --video film.gif         what it sees, imagines and wants
   python evaluate.py --table runs/*/evaluation.json       all runs beside published scores
   python evaluate.py --table results/atari100k.jsonl      a run a line; `jq -c . RESULT.json >> FILE` adds one
@@ -17,7 +17,6 @@ exit codes: 0 done; 2 the command or a file is wrong, one line on the standard e
 
 import argparse
 import contextlib
-import csv
 import dataclasses
 import json
 import math
@@ -30,9 +29,9 @@ import numpy as np
 import torch
 
 from hierarchy import onehot
-from train import (PRESETS, REFERENCE, RESUMABLE, Config, Parser, UsageError, autocast, blaming, env_step,
-                   evaluation, keep_freed_memory, load_checkpoint, make_agent, make_config, make_env, program,
-                   report, statistics, write_json)
+from train import (PRESETS, RESUMABLE, Config, Parser, UsageError, blaming, env_step, evaluation,
+                   keep_freed_memory, load_checkpoint, make_agent, make_config, make_env, program,
+                   read_published, report, statistics, write_json)
 from world_model import symexp
 
 
@@ -182,26 +181,16 @@ def film(agent, env, game, seed, path, steps=200, restart=45):
 # The conventions of rliable, Agarwal et al. 2021, arXiv 2108.13264.
 AGGREGATES = ("mean", "median", "IQM")
 # Methods that replay about as few steps as the preset `cpu`: those in the table of games. The table of
-# aggregates has all of results/published.csv.
+# aggregates has all of results/published.csv, random play and humans too.
 PEERS = ("SimPLe", "DER", "CURL", "DrQ(eps)", "SPR")
 
 
-def read_published():
-    """{method: {game: [score]}} of results/published.csv, whose head names the sources; {} without the file.
-    Its first line that is no comment names the methods: a column more is a method more."""
-    path = Path(__file__).parent / "results" / "published.csv"
-    if not path.exists():
-        return {}
-    rows = list(csv.DictReader(line for line in path.read_text().splitlines() if not line.startswith("#")))
-    return {method: {row["game"]: [float(row[method])] for row in rows if row[method]}
-            for method in rows[0] if method != "game"}
-
-
 def human_normalised(scores):
-    """{game: (runs,) array} of {game: [score of each run]}: 0 is a random player, 1 a human tester. Games
-    without such a reference are left out."""
-    return {game: (np.array(runs) - REFERENCE[game][0]) / (REFERENCE[game][1] - REFERENCE[game][0])
-            for game, runs in scores.items() if game in REFERENCE}
+    """{game: (runs,) array} of {game: score or [score of each run]}: 0 is a random player, 1 a human tester.
+    Games without such a reference are left out."""
+    random, human = (read_published().get(name, {}) for name in ("random", "human"))
+    return {game: (np.atleast_1d(runs) - random[game]) / (human[game] - random[game])
+            for game, runs in scores.items() if game in random}
 
 
 def aggregate(scores):
@@ -231,13 +220,11 @@ def settings(run):
     """{name: value} of all that sets a run apart. Runs that have all of it in common may be averaged.
 
     It has each setting whose value is not the preset's; None is the value of one that either of them lacks. A
-    setting that --resume may change, such as the name of the directory, makes no other agent. "change" is a
-    result's own word on how its code differs. Code that was changed since its commit ("+") stands by that
-    commit, since nobody knows how it was changed.
+    setting that --resume may change, such as the name of the directory, makes no other agent. Code that was
+    changed since its commit ("+") stands by that commit, since nobody knows how it was changed.
     """
-    usual = dataclasses.asdict(Config()) | PRESETS[run["preset"]] | {"change": None, "code": ""}
-    changed = " ".join(commit for commit in run["commits"] if "+" in commit)
-    own = run["config"] | {"change": run.get("change"), "code": changed}
+    usual = dataclasses.asdict(Config()) | PRESETS[run["preset"]] | {"code": ""}
+    own = run["config"] | {"code": " ".join(commit for commit in run["commits"] if "+" in commit)}
     names = (own.keys() | usual.keys()) - RESUMABLE - {"game", "seed", "preset", "levels"}
     return {name: run[name] for name in ("preset", "levels", "agent_steps")} | {
         name: own.get(name) for name in sorted(names) if own.get(name) != usual.get(name)}
@@ -290,20 +277,20 @@ def print_group(group, games):
     commits = sorted({commit for runs in games.values() for run in runs for commit in run["commits"]})
     means = {game: [run["mean"] for run in runs] for game, runs in games.items()}
     ours, rows = human_normalised(means), []
-    peers = {name: published[name] for name in PEERS if ours and name in published}
+    others = {name: published.get(name, {}) for name in ("random", "human", *(PEERS if ours else ()))}
     for game, runs in games.items():
         scores = {run["seed"]: f"{run['mean']:.1f} ± {cell(run['standard_error'])}" for run in runs}
-        measured = (runs[0].get("random_measured") or {}).get("mean")
+        if game not in ours and runs[0].get("random_measured"):
+            others["random"] = others["random"] | {game: runs[0]["random_measured"]["mean"]}
         rows.append([game, *(scores.get(seed, "-") for seed in seeds), cell(np.mean(means[game])),
                      cell(ours[game].mean() if game in ours else None, 3),
-                     *map(cell, REFERENCE.get(game, (measured, None))),
-                     *(cell(*known.get(game, [None])) for known in peers.values())])
+                     *(cell(known.get(game)) for known in others.values())])
     print(f"\n### {group}\n\nCommits: {', '.join(commits)}. Scores: mean ± standard error over episodes.\n")
     print_rows(["game", *(f"seed {seed}" for seed in seeds), "mean", "normalised",
-                *(name + "*" for name in ("random", "human", *peers))], *rows)
+                *(name + "*" for name in others)], *rows)
     print("* published by others, not run here; sources in results/published.csv.")
-    if others := [game for game in games if game not in ours]:
-        print(f"Not of Atari 100k, in no aggregate, random play measured here: {', '.join(others)}.")
+    if own := [game for game in games if game not in ours]:
+        print(f"Not of Atari 100k, in no aggregate, random play measured here: {', '.join(own)}.")
     if ours:
         # Aggregates over unlike sets of games cannot be compared: only methods that know all of ours.
         methods = {name + "*": human_normalised(known) for name, known in published.items()}
@@ -313,7 +300,7 @@ def print_group(group, games):
         if not np.isnan(ends).any():
             rows.insert(1, ["95% interval", *(f"{low:.3f} to {high:.3f}" for low, high in ends.T)])
         single = sum(len(runs) == 1 for runs in ours.values())
-        print(f"Human-normalised scores over {len(ours)} of the {len(REFERENCE)} games. Games with one run,"
+        print(f"Human-normalised scores over {len(ours)} of the 26 games. Games with one run,"
               f" whose luck no interval shows: {single}.\nOf published methods only means are known: their"
               " IQM is of games, not of runs.\n")
         print_rows(["", *AGGREGATES], *rows)
@@ -338,9 +325,8 @@ def parse(argv):
     add = parser.add_argument
     add("paths", nargs="*", metavar="RUN|RESULT",
         help="the directory of a run, or files with the results of many, .json or .jsonl")
-    add("--json", metavar="FILE", type=lambda path: path if path == "-" else writable(path, ".json"),
-        help="where the score goes (default: RUN/evaluation-stepSTEP-seedSEED-EPISODES.json); - prints it and"
-        " nothing else")
+    add("--json", metavar="FILE.json", type=lambda path: writable(path, ".json"),
+        help="where the score goes (default: RUN/evaluation-stepSTEP-seedSEED-EPISODES.json)")
     add("--episodes", type=int, metavar="N", help="play N episodes and score them (default: 100; with --video"
         " none, unless asked for by this flag or --json)")
     add("--video", type=lambda path: writable(path, ".gif"), metavar="FILE.gif",
@@ -374,11 +360,9 @@ def one_run(args):
             file = args.json or writable(directory / name, ".json")
             summary = evaluation(config, agent, past, episodes, args.seed)
             write_json(summary, file)  # before it is printed: the terminal may have gone away
-            if file != "-":
-                print(f"{report(summary)}\nwritten to {file}")
+            print(f"{report(summary)}\nwritten to {file}")
         if args.video:
-            with autocast(config):
-                film(agent, env, config.game, args.seed, args.video)
+            film(agent, env, config.game, args.seed, args.video)
 
 
 def main(argv):

@@ -94,11 +94,11 @@ class SubgoalAutoencoder(nn.Module):
 
     def encode(self, h):
         """h (..., H) -> probabilities of its code (..., 8, 8)."""
-        return unimix(self.encoder(h).float().unflatten(-1, self.code_shape))
+        return unimix(self.encoder(h).unflatten(-1, self.code_shape))
 
     def decode(self, code):
         """(..., 8*8) -> g_h (..., H)."""
-        return self.decoder(code).float()
+        return self.decoder(code)
 
     def loss(self, h):
         """|dec(g) - h|^2 / var(h) + 0.5 KL(q(g | h) || uniform) of h (...,H), and the novelty (...), the mean
@@ -124,7 +124,7 @@ class Actor(nn.Module):
 
     def forward(self, feature):
         """(..., inputs) -> probabilities (..., n, classes)."""
-        return unimix(self.net(feature).float().unflatten(-1, self.action_shape))
+        return unimix(self.net(feature).unflatten(-1, self.action_shape))
 
 
 class Critics(nn.Module):
@@ -140,7 +140,7 @@ class Critics(nn.Module):
 
     def forward(self, feature):
         """(..., inputs) -> two-hot logits (..., R, bins)."""
-        return torch.stack([net(feature).float() for net in self.nets], -2)
+        return torch.stack([net(feature) for net in self.nets], -2)
 
 
 class Optimiser:

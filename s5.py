@@ -18,7 +18,6 @@ Symbols (the same in every file):
     m                (B,T,H) output of a stack of layers
 """
 
-import contextlib
 import math
 
 import torch
@@ -116,12 +115,6 @@ def real_view(x):
 def complex_view(x):
     """The inverse of real_view: (..., 2n) real -> (..., n) complex; no copy."""
     return torch.view_as_complex(x.unflatten(-1, (-1, 2)))
-
-
-def full_precision(device):
-    """A context without autocast: rounding errors add up in a recurrence, so it stays in float32."""
-    known = torch.amp.is_autocast_available(device)  # the meta device has none to switch off
-    return torch.autocast(device, enabled=False) if known else contextlib.nullcontext()
 
 
 class S5Layer(nn.Module):
@@ -241,22 +234,20 @@ class S5Stack(nn.Module):
         if u.shape[2:] != (self.features,) or reset.shape != u.shape[:2]:
             raise ValueError(f"S5Stack of H={self.features} got u {tuple(u.shape)}, reset"
                              f" {tuple(reset.shape)}; expected (B,T,H), (B,T)")
-        with full_precision(u.device.type):
-            u, states = u.float(), []
-            for block in self.blocks:
-                u, x = block(u, reset)
-                states.append(x)
-            return u, torch.stack(states, 2)
+        states = []
+        for block in self.blocks:
+            u, x = block(u, reset)
+            states.append(x)
+        return u, torch.stack(states, 2)
 
     def step(self, u, state, discretised):
         """One step: u (B,H), state (B,layers,P/2), what `discretise` returned -> m (B,H) and the next state.
         To forget, pass a state of zeros."""
-        with full_precision(u.device.type):
-            u, states = u.float(), []
-            for block, x, each in zip(self.blocks, state.unbind(1), discretised):
-                u, x = block.step(u, x, each)
-                states.append(x)
-            return u, torch.stack(states, 1)
+        states = []
+        for block, x, each in zip(self.blocks, state.unbind(1), discretised):
+            u, x = block.step(u, x, each)
+            states.append(x)
+        return u, torch.stack(states, 1)
 
 
 if __name__ == "__main__":  # a demonstration: parallel = recurrent, and what length costs

@@ -16,11 +16,13 @@ says what; 129, 130, 143 stopped by a signal (SIGHUP, Ctrl+C, SIGTERM), and save
 import argparse
 import codecs
 import contextlib
+import csv
 import ctypes
 import dataclasses
 import difflib
 import functools
 import inspect
+import io
 import json
 import os
 import random
@@ -106,7 +108,7 @@ class Config:
     critic_lr: float = setting(3e-5, 0, cpu=1e-3, vector=3e-3)  # learning rate of the critics
     autoencoder_lr: float = setting(1e-4, 0, cpu=1e-3, vector=1e-3)  # of the subgoal autoencoders
     # The machine.
-    precision: str = setting("tf32", choices=["tf32", "float32", "bf16"])  # of matrix products
+    precision: str = setting("tf32", choices=["tf32", "float32"])  # of matrix products
     log_every: int = setting(500, 1, debug=100)  # agent steps between lines of metrics.jsonl
     save_every: int = setting(2500, 1, debug=400)  # agent steps between checkpoints
     eval_episodes: int = setting(100, 1, debug=2)  # episodes of the final evaluation
@@ -182,17 +184,16 @@ def make_config(given):
 # ---- The game ----------------------------------------------------------------------------------------------
 
 IMAGE = Box(0, 255, (64, 64, 3), np.uint8)
-# {game: (random, human)}: published mean scores on Atari 100k (Mnih et al. 2015, Wang et al. 2016).
-REFERENCE = {
-    "alien": (227.8, 7127.7), "amidar": (5.8, 1719.5), "assault": (222.4, 742.0), "asterix": (210.0, 8503.3),
-    "bank_heist": (14.2, 753.1), "battle_zone": (2360.0, 37187.5), "boxing": (0.1, 12.1),
-    "breakout": (1.7, 30.5), "chopper_command": (811.0, 7387.8), "crazy_climber": (10780.5, 35829.4),
-    "demon_attack": (152.1, 1971.0), "freeway": (0.0, 29.6), "frostbite": (65.2, 4334.7),
-    "gopher": (257.6, 2412.5), "hero": (1027.0, 30826.4), "jamesbond": (29.0, 302.8),
-    "kangaroo": (52.0, 3035.0), "krull": (1598.0, 2665.5), "kung_fu_master": (258.5, 22736.3),
-    "ms_pacman": (307.3, 6951.6), "pong": (-20.7, 14.6), "private_eye": (24.9, 69571.3),
-    "qbert": (163.9, 13455.0), "road_runner": (11.5, 7845.0), "seaquest": (68.4, 42054.7),
-    "up_n_down": (533.4, 11693.2)}
+
+
+def read_published():
+    """{column: {game: score}} of results/published.csv, whose head names the sources: scores of random play, of
+    humans, of other methods. {} without the file. A column more is a method more."""
+    path = Path(__file__).parent / "results" / "published.csv"
+    lines = path.read_text("utf-8").splitlines() if path.exists() else []
+    rows = list(csv.DictReader(line for line in lines if not line.startswith("#")))
+    return {name: {row["game"]: float(row[name]) for row in rows if row[name]}
+            for name in (rows[0] if rows else ()) if name != "game"}
 
 
 @functools.cache
@@ -238,12 +239,11 @@ def shrink(image):
     """An image (height, width[, 1 or 3]) as (64,64,3) bytes: the exact mean over each area, in float32. By
     torch: NumPy's matmul has threads of its own, which fight torch's and make acting five times slower."""
     height, width = image.shape[:2]
-    with torch.autocast("cpu", enabled=False):
-        pixels = torch.from_numpy(np.ascontiguousarray(image, np.float32)).view(height, -1)
-        rows = (area_weights(height) @ pixels).view(64, width, -1)
-        # Columns in front: one product again, which takes a quarter of the time of 64 small ones.
-        columns = area_weights(width) @ rows.transpose(0, 1).reshape(width, -1)
-        return columns.view(64, 64, -1).transpose(0, 1).round().byte().expand(64, 64, 3).numpy()
+    pixels = torch.from_numpy(np.ascontiguousarray(image, np.float32)).view(height, -1)
+    rows = (area_weights(height) @ pixels).view(64, width, -1)
+    # Columns in front: one product again, which takes a quarter of the time of 64 small ones.
+    columns = area_weights(width) @ rows.transpose(0, 1).reshape(width, -1)
+    return columns.view(64, 64, -1).transpose(0, 1).round().byte().expand(64, 64, 3).numpy()
 
 
 class Atari(gymnasium.Env):
@@ -367,13 +367,6 @@ def make_agent(config, env):
                       (config.subgoal_categoricals, config.subgoal_classes), weights, model, behaviour)
 
 
-def autocast(config):
-    """The context in which the agent of a Config computes. It keeps no cast weights: dreams would use those
-    from before the model's step, and weights first cast under no_grad would get no gradient."""
-    return torch.autocast(torch.device(config.device).type, torch.bfloat16, config.precision == "bf16",
-                          cache_enabled=False)
-
-
 def env_step(observation, reward=0.0, terminated=False, truncated=False, *_, is_first=False):
     """What an environment's step gave, as arrays of one environment: the arguments of Hieros.act."""
     # A time limit is no death: only what is terminal has no future worth. (The published code takes both for
@@ -445,7 +438,7 @@ class Run:
         self.step, self.score, self.updates = 0, 0.0, [0] * config.levels  # score: of this episode so far
         self.curve = []  # [agent step, return] of every finished episode
         self.commits = [origin()["commit"] + "+" * origin()["dirty"]]  # of all code that has trained it
-        self.pinned = {}  # {level: {name: tensor (B,T,...)}}, see `batch`
+        self.gathered = {}  # {level: {name: tensor (B,T,...)}}, see `batch`
         self.sums = {}  # {level: (names of its metrics, their sums, number of updates)} since the last line
         self.seconds, self.logged = 0.0, 0  # wall time of training and step, at the last line of the log
         self.began, self.metrics = time.perf_counter(), self.directory / "metrics.jsonl"
@@ -454,13 +447,12 @@ class Run:
     def act(self):
         """Every level that is due updates its state, chooses and remembers. Returns the action to play."""
         level = self.memory["levels"][0]
-        with autocast(self.config):
-            self.memory, ticks = self.agent.act(self.memory, **self.now, discretised=self.discretised)
-            # Random play that changes its mind at each step may get nowhere. What is held must stand in the
-            # memory, too: the world model is told it as the last action.
-            if self.step < self.config.warmup and self.memory["t"][0] % self.config.warmup_hold:
-                ticks[0]["action"] = self.memory["levels"][0]["action"] = level["action"]
-            transitions = self.agent.transitions(ticks)
+        self.memory, ticks = self.agent.act(self.memory, **self.now, discretised=self.discretised)
+        # Random play that changes its mind at each step may get nowhere. What is held must stand in the
+        # memory, too: the world model is told it as the last action.
+        if self.step < self.config.warmup and self.memory["t"][0] % self.config.warmup_hold:
+            ticks[0]["action"] = self.memory["levels"][0]["action"] = level["action"]
+        transitions = self.agent.transitions(ticks)
         for replay, transition in zip(self.replays, transitions):
             replay.add(transition)
         return int(transitions[0]["action"][0])
@@ -482,29 +474,27 @@ class Run:
         c = self.config
         for i, (level, replay) in enumerate(zip(self.agent.levels, self.replays)):
             if self.step >= c.warmup and self.step % (c.train_every * c.k ** i) == 0 and replay.starts:
-                with autocast(c):
-                    metrics = self.update[i](self.batch(i))
+                metrics = self.update[i](self.batch(i))
                 # Summed on the device: to fetch a number from a GPU is to wait for all that it has to do.
                 _, sums, count = self.sums.get(i, (None, 0, 0))
-                sums = sums + torch.stack([value.float() for value in metrics.values()])
+                sums = sums + torch.stack(list(metrics.values()))
                 self.sums[i] = list(metrics), sums, count + 1
                 with torch.no_grad():
                     self.discretised[i] = level.world_model.sequence.discretise()
                 self.updates[i] += 1
 
     def batch(self, i):
-        """A batch from the replay of level i, on the device. From memory that is not pinned a copy to a GPU
-        would wait until all updates before it are done."""
+        """A batch from the replay of level i, on the device. It is gathered where the last one was: `act`,
+        which comes between two draws, waits until a GPU has done all that it was asked for."""
         replay, size, device = self.replays[i], self.config.batch_size, self.config.device
-        if device == "cpu":
-            return {name: torch.from_numpy(array) for name, array in replay.sample(size).items()}
-        # Pinned once, since that takes long. The last batch may be written over: `act`, which comes between
-        # two draws, waits until the GPU has done all that it was asked for, so that batch has been fetched.
-        if i not in self.pinned:
-            self.pinned[i] = {name: torch.from_numpy(array.take(np.zeros((size, replay.length), int), 0))
-                              .pin_memory() for name, array in replay.arrays.items()}
-        replay.sample(size, {name: tensor.numpy() for name, tensor in self.pinned[i].items()})
-        return {name: tensor.to(device, non_blocking=True) for name, tensor in self.pinned[i].items()}
+        if i not in self.gathered:
+            zeros = np.zeros((size, replay.length), int)
+            batch = {name: torch.from_numpy(array.take(zeros, 0)) for name, array in replay.arrays.items()}
+            # From memory that is not pinned a copy to a GPU would wait for all updates before it.
+            self.gathered[i] = {name: tensor if device == "cpu" else tensor.pin_memory()
+                                for name, tensor in batch.items()}
+        replay.sample(size, {name: tensor.numpy() for name, tensor in self.gathered[i].items()})
+        return {name: tensor.to(device, non_blocking=True) for name, tensor in self.gathered[i].items()}
 
     def log(self, values):
         """One more line of metrics.jsonl, a JSON object. The names are DreamerV3's where it has one."""
@@ -540,11 +530,9 @@ class Run:
             "replay_totals": [replay.total for replay in self.replays], "log": self.metrics.stat().st_size,
             "rng": self.rng.bit_generator.state, "torch_rng": torch.get_rng_state(),
             "cuda_rng": torch.cuda.get_rng_state_all()}
-        try:
-            with replacing(self.directory / "checkpoint.pt") as file:
-                torch.save(checkpoint, file)
-        except RuntimeError as error:  # torch hides what the disk has said behind an error of its own
-            raise error.__context__ or error
+        torch.save(checkpoint, buffer := io.BytesIO())  # to a full disk torch would raise an error of its own
+        with replacing(self.directory / "checkpoint.pt") as file:
+            file.write(buffer.getbuffer())
         for i, replay in enumerate(self.replays):
             replay.prune(self.directory / f"replay-{i}")
 
@@ -676,11 +664,11 @@ def statistics(returns):
 def evaluation(config, agent, past, episodes, seed):
     """Play for a score. Returns all that is known of a run, to be JSON. past: a checkpoint, or vars(run)."""
     make = functools.partial(make_env, config.game)
-    with autocast(config):
-        returns = play(agent, make, episodes, seed)
+    returns = play(agent, make, episodes, seed)
     if not returns:
         raise UsageError(f"{config.game}: no episode came to its end")
-    score, (lowest, human) = statistics(returns), REFERENCE.get(config.game, (None, None))
+    score, published = statistics(returns), read_published()
+    lowest, human = (published.get(name, {}).get(config.game) for name in ("random", "human"))
     measured = play(None, make, 20, seed) if human is None else []  # to compare, where no score is published
     return {name: vars(config)[name] for name in ("game", "levels", "seed", "preset")} | score | {
         "agent_steps": past["step"], "hours": round(past["seconds"] / 3600, 3),
@@ -711,12 +699,9 @@ def report(summary):
 
 
 def write_json(value, file):
-    """To a file, or to the standard output where file is "-"."""
-    text = json.dumps(value, indent=1) + "\n"
-    if str(file) == "-":
-        return print(text, end="")
+    """A value as a file that is complete or not there."""
     with replacing(Path(file)) as opened:
-        opened.write(text.encode())
+        opened.write(json.dumps(value, indent=1).encode() + b"\n")
 
 
 def program(main):

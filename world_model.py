@@ -35,7 +35,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from s5 import S5Stack, full_precision, real_view
+from s5 import S5Stack, real_view
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -77,8 +77,7 @@ class TwoHot(nn.Module):
         Hieros takes symexp of the mean symlog instead. For a reward of 100 in one case of ten that is 0.6 and
         not 10: large, uncertain rewards would hardly count in imagination.
         """
-        with full_precision(logits.device.type):  # bfloat16 would round to 8 bits
-            return torch.softmax(logits, -1) @ self.values
+        return torch.softmax(logits, -1) @ self.values
 
     def loss(self, logits, target):
         """Cross-entropy (...) of logits (..., bins) to the two-hot code of the target (...)."""
@@ -319,25 +318,25 @@ class WorldModel(nn.Module):
     def decode(self, z, h, normalised=False):
         """(...,32,32), (...,H) -> observations (..., *observation_shape)."""
         inputs = torch.cat([z.flatten(-2), h], -1)
-        output = self.decoder(inputs.flatten(0, -2)).float().unflatten(0, inputs.shape[:-1])
+        output = self.decoder(inputs.flatten(0, -2)).unflatten(0, inputs.shape[:-1])
         return output if normalised else output / self.unit * self.deviation + self.mean
 
     def posterior(self, observation):
         """Probabilities q(z | o): (n, *observation_shape) -> (n, 32, 32)."""
-        return unimix(self.encoder(self.normalise(observation)).float().unflatten(-1, self.z_shape))
+        return unimix(self.encoder(self.normalise(observation)).unflatten(-1, self.z_shape))
 
     def prior(self, m):
         """Probabilities p(z | m): (..., H) -> (..., 32, 32)."""
-        return unimix(self.prior_head(m).float().unflatten(-1, self.z_shape))
+        return unimix(self.prior_head(m).unflatten(-1, self.z_shape))
 
     def deterministic(self, x):
         """h = symlog(Linear(x)): (..., layers, P/2) -> (..., H). Hieros reads h from the state x, which holds
         the memory, and not from the output m of the stack."""
-        return symlog(self.h_from_x(real_view(x.flatten(-2))).float())
+        return symlog(self.h_from_x(real_view(x.flatten(-2))))
 
     def outcome(self, z, h):
         """(...,32,32), (...,H) -> two-hot logits of the reward (..., bins), logit of the continue (...)."""
-        output = self.outcome_head(torch.cat([z.flatten(-2), h], -1)).float()
+        output = self.outcome_head(torch.cat([z.flatten(-2), h], -1))
         return output[..., :-1], output[..., -1]
 
     def _state(self, x, z, h, probs):

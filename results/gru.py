@@ -14,7 +14,7 @@ from torch import nn
 
 import train
 import world_model
-from s5 import complex_view, full_precision, real_view
+from s5 import complex_view, real_view
 
 
 class GRUStack(nn.Module):
@@ -46,12 +46,11 @@ class GRUStack(nn.Module):
 
     def step(self, u, state, discretised=None):
         """As S5Stack.step."""
-        with full_precision(u.device.type):
-            u, states = u.float(), []
-            for cell, x in zip(self.cells, real_view(state).unbind(1)):
-                u = cell(u, x)
-                states.append(u)
-            return u, complex_view(torch.stack(states, 1))
+        states = []
+        for cell, x in zip(self.cells, real_view(state).unbind(1)):
+            u = cell(u, x)
+            states.append(u)
+        return u, complex_view(torch.stack(states, 1))
 
 
 def main(argv):

@@ -108,7 +108,7 @@ class HindsightLevel(Level):
             return torch.zeros_like(start)
         ticks = torch.full(start.shape[:-1], self.k, device=start.device) if ticks is None else ticks
         ticks = onehot(ticks.clamp(max=self.k), self.k, first=1).expand(*start.shape[:-1], -1)
-        return start + self.foresee(torch.cat([start, ticks], -1)).float()
+        return start + self.foresee(torch.cat([start, ticks], -1))
 
     @torch.no_grad()
     def goals(self, batch, states):

@@ -13,7 +13,7 @@ sys.path[0] = str(Path(__file__).parents[1])  # the project's root in place of r
 import torch
 
 from evaluate import image_bytes, load_run, rollout, writable
-from train import UsageError, autocast, make_env
+from train import UsageError, make_env
 
 CONTEXT, HORIZON = 5, 60  # steps seen, steps imagined
 
@@ -66,7 +66,7 @@ def main(directory, error_path, strip_path):
     writable(error_path, ".png"), writable(strip_path, ".png")
     config, agent, _ = load_run(directory, "auto")
     torch.manual_seed(0)
-    with torch.inference_mode(), autocast(config):
+    with torch.inference_mode():
         batch = fresh_sequences(agent, make_env(config.game), 0)
         imagined = agent.levels[0].world_model.open_loop(*batch, CONTEXT)
     draw(batch[0], imagined, config.game, error_path, strip_path)

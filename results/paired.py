@@ -14,8 +14,8 @@ sys.path[0] = str(Path(__file__).parents[1])  # the project's root in place of r
 
 import numpy as np
 
-from evaluate import load_results, read_published
-from train import REFERENCE, program
+from evaluate import load_results
+from train import program, read_published
 
 
 def sign_test(wins, losses):
@@ -28,7 +28,8 @@ def compare(first, second):
     """The lines that are printed of two groups {game: [result, ...]}; [] where they cannot be compared."""
     one, other = (next(iter(games.values()))[0]["settings"] for games in (first, second))
     names = [name for name in one | other if one.get(name) != other.get(name)]
-    pairs = [(game, a, b) for game in sorted(first.keys() & second.keys() & REFERENCE.keys())
+    published = read_published()
+    pairs = [(game, a, b) for game in sorted(first.keys() & second.keys() & published["human"].keys())
              for a in first[game] for b in second[game] if a["seed"] == b["seed"]]
     if len(names) != 1 or not pairs:
         return []
@@ -40,8 +41,8 @@ def compare(first, second):
     title = " against ".join(f"{names[0]} {settings.get(names[0])}" for settings in (one, other))
     lines = [f"{title}: {len(games)} games, {len(pairs)} pairs of runs", f"ahead in {wins} games, behind in"
              f" {losses}; two-sided sign test p = {sign_test(wins, losses):.3f}"]
-    random, human = np.array([REFERENCE[game] for game in games]).T
-    spr = np.array([read_published()["SPR"][game][0] for game in games])
+    random, human, spr = (np.array([published[name][game] for game in games])
+                          for name in ("random", "human", "SPR"))
     for unit, top in (("human-normalised", human), ("in SPR's units", spr)):
         difference = ahead / (top - random)
         error = difference.std(ddof=1) / len(games) ** 0.5 if len(games) > 1 else math.nan

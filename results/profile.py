@@ -52,17 +52,15 @@ def measure(run, updates=5):
         for _ in range(2 + updates):
             drawing, batch = timed(lambda: run.batch(i), device)
             product = np.median([timed(lambda: a @ b, device)[0] for _ in range(5)])
-            with train.autocast(config):
-                samples.append([drawing, timed(lambda: run.update[i](batch), device)[0], product])
-        with train.autocast(config), FlopCounterMode(display=False) as flops, Operations() as counted:
+            samples.append([drawing, timed(lambda: run.update[i](batch), device)[0], product])
+        with FlopCounterMode(display=False) as flops, Operations() as counted:
             level.update(batch)
         drawing, cost, product = np.median(samples[2:], 0).tolist()
         gflop, peak = flops.get_total_flops() / 1e9, 2 * 1024 ** 3 / product / 1e9
         levels.append({"seconds": cost, "gflop": gflop, "matmul_gflops": peak, "cost": cost * peak,
                        "dispatched_ops": counted.count, "sample_seconds": drawing})
         if device.startswith("cuda"):  # what it would be without train.Recorded
-            with train.autocast(config):
-                eager = np.median([timed(lambda: level.update(batch), device)[0] for _ in range(updates)])
+            eager = np.median([timed(lambda: level.update(batch), device)[0] for _ in range(updates)])
             levels[i]["eager_seconds"] = float(eager)
         print(f"level {i}: {cost:.3f} s an update, {gflop:.1f} GFLOP ({gflop / cost / peak:.0%} of peak),"
               f" {cost * peak:.0f} peak-GFLOP, {counted.count} operations, drawing {1e3 * drawing:.1f} ms")

@@ -19,7 +19,7 @@ import torch
 from evaluate import rollout
 from hierarchy import cosine_max
 from hindsight import draw_code, load_run, print_line
-from train import UsageError, autocast, make_env, program
+from train import UsageError, make_env, program
 from world_model import State
 
 
@@ -67,9 +67,7 @@ def main(directory):
     if config.levels == 1:
         raise UsageError(f"{directory} was trained with --levels 1 and has no subgoals")
     torch.manual_seed(0)
-    with autocast(config):
-        study = subgoal_study(agent, make_env(config.game), seed=0)
-    for values in study:
+    for values in subgoal_study(agent, make_env(config.game), seed=0):
         print_line(game=config.game, seed=config.seed, agent_steps=past["step"], **values)
 
 
