@@ -1603,15 +1603,19 @@ def upright(shape, high=255):
 @pytest.mark.parametrize("space, given, seen", [
     (Box(-9, 9, (2,), np.float64), np.array([1.5, -2]), [1.5, -2]), (Box(0, 9, (1,), np.int32), [7], [7]),
     (Box(-1, 1, (2,)), [1.0000002, -3], np.float32([1.0000002, -3])), (Box(0, 1, (1,)), 0.5, [0.5]),
+    (Box(0, 1, ()), 0.25, [0.25]),
     (Box(0, 255, (2,), np.uint8), [0.5, 300], [0.5, 300]),
     (Discrete(4), 2, [0, 0, 1, 0]), (Discrete(4, start=-1), np.int64([2]), [0, 0, 0, 1]),
+    (spaces.Tuple([Discrete(2), spaces.Dict(a=Box(0, 9, (1, 2)), b=spaces.MultiBinary([2, 1]))]),
+     (1, {"a": [[7, 20.5]], "b": [[0], [1]]}), [0, 1, 7, 20.5, 0, 1]),
     *((Box(0, high, shape, np.uint8), upright(shape, high), upright((64, 64, 3))) for high in (1, 255)
       for shape in ((96, 96, 3), (210, 160, 3), (84, 84), (84, 84, 1), (30, 20, 3)))],
     ids=lambda value: str(value) if isinstance(value, spaces.Space) else "")
 def test_spaces_of_all_kinds(registered, space, given, seen):
-    """The agent gets vectors as float32, beyond their bounds too, Discrete as one-hot, images of any size as
-    64x64 colours, as white as the space's brightest, and the preset that fits. It counts its actions from 0,
-    the environment from where it likes. An episode without a limit has Atari's."""
+    """The agent gets vectors as float32, beyond their bounds too, choices as one-hot, all parts of a Dict or
+    a Tuple, images of any size as 64x64 colours, as white as the space's brightest, and the preset that fits.
+    It counts its actions from 0, the environment from where it likes. An episode without a limit has
+    Atari's."""
     env = train.make_env(registered(observations=space, give=lambda env: given, actions=Discrete(3, start=5)))
     preset, dtype = ("cpu", np.uint8) if np.ndim(seen) > 1 else ("vector", np.float32)
     for observation in (env.reset(seed=0)[0], env.step(np.int64(2))[0]):
@@ -1687,7 +1691,9 @@ def test_environments_are_taken_as_they_are(quirk, registered, tmp_path):
 
 
 @pytest.mark.parametrize("options, words", [
-    (dict(observations=spaces.Dict({"a": Discrete(2)})), r"has observations Dict\(.*FlattenObservation"),
+    (dict(observations=spaces.Dict(a=spaces.Sequence(Discrete(2)))), r"has observations Dict\(.*flatten;"),
+    (dict(observations=spaces.Space((7, 7), np.uint8)), "has observations .*Space.*TransformObservation"),
+    (dict(observations=spaces.MultiBinary([4, 4]), give=lambda env: 9), "fails at step 0 .* reshape"),
     (dict(observations=Box(0, 1, (64, 64, 3))), r"has .*float32\).*images of uint8.*TransformObservation"),
     (dict(observations=Box(0, 255, (3, 64, 64), np.uint8)), r"has observations Box.*\(3, 64, 64\)"),
     (dict(observations=None), "has observations None"), (dict(actions=None), "has .*actions None"),

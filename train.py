@@ -39,7 +39,7 @@ import ale_py
 import gymnasium
 import numpy as np
 import torch
-from gymnasium.spaces import Box, Discrete, MultiDiscrete
+from gymnasium.spaces import Box, Discrete, MultiDiscrete, flatdim, flatten
 from tqdm import tqdm
 
 from hierarchy import Hieros, Level
@@ -187,8 +187,8 @@ IMAGE = Box(0, 255, (64, 64, 3), np.uint8)
 
 
 def read_published():
-    """{column: {game: score}} of results/published.csv, whose head names the sources: scores of random play, of
-    humans, of other methods. {} without the file. A column more is a method more."""
+    """{column: {game: score}} of results/published.csv, whose head names the sources: random play, humans,
+    other methods. {} without the file. A column more is a method more."""
     path = Path(__file__).parent / "results" / "published.csv"
     lines = path.read_text("utf-8").splitlines() if path.exists() else []
     rows = list(csv.DictReader(line for line in lines if not line.startswith("#")))
@@ -300,7 +300,7 @@ class Registered(gymnasium.Wrapper):
 
         image of uint8, (height, width[, 1 or 3]) of any size    (64,64,3) bytes, 255 for the space's high
         Box of one axis, floats or integers                      (D,) float32
-        Discrete                                                 (n,) float32, one-hot
+        Discrete, Dict, ...: what Gymnasium can flatten          (D,) float32, choices one-hot
 
     An observation may leave its Box, `info` is never read. Without a time limit it gets Atari's."""
 
@@ -310,14 +310,18 @@ class Registered(gymnasium.Wrapper):
         with blaming(f"{game} cannot be made"):
             super().__init__(gymnasium.make(id, max_episode_steps=limit, disable_env_checker=True, **options))
         seen, actions = (getattr(self.env, name, None) for name in ("observation_space", "action_space"))
-        self.seen, self.shape = seen, getattr(seen, "shape", None) or (getattr(seen, "n", 0),)
-        image = self.shape[1:] and self.shape[2:] in ((), (1,), (3,)) and seen.dtype == np.uint8
-        if not (isinstance(seen, (Box, Discrete)) and (image or len(self.shape) == 1)
-                and isinstance(actions, Discrete) and actions.n <= 256):  # the replay stores them as bytes
+        self.seen, shape = seen, seen.shape if isinstance(seen, Box) else ()
+        image = shape[1:] and shape[2:] in ((), (1,), (3,)) and seen.dtype == np.uint8
+        try:
+            self.shape = shape or (flatdim(seen),)
+        except (AttributeError, NotImplementedError, ValueError):  # no space, or one of changing size
+            self.shape = ()
+        if not ((image or len(self.shape) == 1) and isinstance(actions, Discrete)
+                and actions.n <= 256):  # the replay stores them as bytes
             self.close()
             raise UsageError(f"{game} has observations {seen}, actions {actions}; supported: Box of one axis,"
-                             " images of uint8, Discrete; actions Discrete, up to 256; gymnasium.wrappers"
-                             " FlattenObservation, TransformObservation, TransformAction convert others")
+                             " images of uint8, what Gymnasium can flatten; actions Discrete, up to 256;"
+                             " gymnasium.wrappers TransformObservation, TransformAction convert others")
         self.observation_space = IMAGE if image else Box(-np.inf, np.inf, self.shape, np.float32)
         self.action_space = Discrete(int(actions.n))
 
@@ -326,8 +330,8 @@ class Registered(gymnasium.Wrapper):
         with blaming(f"{self.name} fails at step {self.t} of an episode", show=True):
             array, *numbers = method(*arguments, **options)
             numbers = [np.asarray(number).item() for number in numbers[:-1]]
-            if isinstance(self.seen, Discrete):
-                array = np.arange(self.seen.n) + self.seen.start == np.asarray(array).item()
+            if not isinstance(self.seen, Box):
+                array = flatten(self.seen, array)
             array = np.asarray(array).reshape(self.shape)
             if self.observation_space is IMAGE:
                 if array.dtype.kind == "f" or not ((0 <= array) & (array <= self.seen.high)).all():
