@@ -129,11 +129,11 @@ def film_env(game):
     """The environment of a film: its observations are images, or it draws frames. One frame is drawn on
     trial. Raises UsageError where that fails: now, and not after a hundred episodes."""
     with blaming(f"no film of {game} (films need pillow, films of numbers a render_mode rgb_array)"):
-        env = make_env(game)
-        if len(env.observation_space.shape) == 1:
-            env = make_env(game, render_mode="rgb_array")
+        with contextlib.closing(make_env(game)) as env:
+            numbers = len(env.observation_space.shape) == 1
+        env = make_env(game, **{"render_mode": "rgb_array"} if numbers else {})
         image, _ = env.reset(seed=0)
-        draw_frame("", [(env.render() if image.ndim == 1 else image, ("", ""))])
+        draw_frame("", [(env.render() if numbers else image, ("", ""))])
         return env
 
 
@@ -350,7 +350,8 @@ def one_run(args):
     """Score and film of one run."""
     directory = Path(args.paths[0])
     config, agent, past = load_run(directory, args.device)
-    env = film_env(config.game) if args.video else None
+    if args.video:
+        film_env(config.game).close()  # of some emulators a process can have one only
     with torch.inference_mode():
         torch.manual_seed(args.seed)
         if args.json or args.episodes or not args.video:
@@ -362,7 +363,8 @@ def one_run(args):
             write_json(summary, file)  # before it is printed: the terminal may have gone away
             print(f"{report(summary)}\nwritten to {file}")
         if args.video:
-            film(agent, env, config.game, args.seed, args.video)
+            with contextlib.closing(film_env(config.game)) as env:
+                film(agent, env, config.game, args.seed, args.video)
 
 
 def main(argv):

@@ -1965,6 +1965,7 @@ def test_every_game_can_be_filmed_or_one_line_says_why_not(saved_run, registered
     for t, (title, [(image, _)]) in enumerate(record_film(monkeypatch, agent, env, steps=20)):
         assert title.endswith(f"score {t % 11}") and (image == t % 11).all()  # it draws its step
     assert env.render_mode == "rgb_array" and set(env.unwrapped.taken) == {1}
+    assert [bool(other.closed) for other in Scripted.made] == [True, False]
     monkeypatch.setattr(Scripted, "render", lambda self: None)
     with pytest.raises(train.UsageError, match="no film of Tiny-v0 .*NoneType"):
         evaluate.film_env("Tiny-v0")
