@@ -7,7 +7,8 @@ A cue, a corridor of N steps in which nothing matters, two arms, of which the cu
 world model of level 0 (add --levels 1) on random play until it recalls 0.9, at most 4,000 times. A line is
 appended. recall: how often a level's reward head promises more in the right arm than in the wrong one. z, h:
 how often a linear probe of them tells the cue, by ticks after it. nats: entropy of z. VARIANT: hindsight;
-reward-100, a loss of the reward 100 times as heavy; quiet, z is its probabilities; gru, not S5.
+reward-100, a loss of the reward 100 times as heavy; quiet, z is its probabilities; likeliest, its likeliest
+classes; gru, not S5.
 """
 import json
 import sys
@@ -60,6 +61,7 @@ class HeavyTwoHot(world_model.TwoHot):  # of the world models; the critics have 
 
 VARIANTS = {"reward-100": lambda: (world_model, "TwoHot", HeavyTwoHot),  # what is replaced by what
             "quiet": lambda: (world_model, "sample_onehot", lambda p: p),
+            "likeliest": lambda: (world_model, "sample_onehot", lambda p: (p == p.amax(-1, True)).float()),
             "gru": lambda: (world_model, "S5Stack", import_module("gru").GRUStack),
             "hindsight": lambda: (train, "Hieros", import_module("hindsight").HindsightHieros)}
 
