@@ -1719,6 +1719,17 @@ def test_an_environment_that_is_unsupported_or_fails_is_named(registered, tmp_pa
     assert (tmp_path / "checkpoint.pt").exists() == bool(re.match("fails at step [17]", words))
 
 
+def test_a_batch_is_what_the_replay_draws(tmp_path):
+    """Each batch of a run holds the sequences of its own draw, though it lies where the last one lay."""
+    run = train.Run(catch_config(tmp_path, steps=60), Catch())
+    train.train(run, progress=False)
+    for _ in range(2):
+        state = run.rng.bit_generator.state
+        batch, run.rng.bit_generator.state = run.batch(0), state
+        drawn = run.replays[0].sample(run.config.batch_size)
+        assert all(np.array_equal(batch[name], drawn[name]) for name in drawn)
+
+
 def test_episodes_before_a_failure_are_scored(registered, tmp_path, capfd):
     """Where an environment fails in the evaluation the episodes so far count, and are said to be fewer; if
     there are none, one line says so."""
@@ -1854,7 +1865,9 @@ def test_a_score_goes_to_a_file_of_its_own_before_it_is_printed(saved_run, tmp_p
     with monkeypatch.context() as patch, pytest.raises(ZeroDivisionError):
         patch.setattr("builtins.print", lambda *_: 1 / 0)
         evaluate.main(command)
-    assert json.loads(path.read_text())["returns"] == [1.0, 3.0, 8.0] and played == [(7, 7)]
+    found = json.loads(path.read_text())
+    assert found["returns"] == [1.0, 3.0, 8.0] and played == [(7, 7)]
+    assert [found[name] for name in ("random", "human", "human_normalised")] == [1.7, 30.5, 2.3 / 28.8]
     evaluate.main(command)
     assert re.search(f"breakout after 0 steps: score 4.0.*\nwritten to {path}", capsys.readouterr().out)
     assert set(tmp_path.rglob("*")) == before | {path}
