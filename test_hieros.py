@@ -1614,8 +1614,7 @@ def upright(shape, high=255):
 def test_spaces_of_all_kinds(registered, space, given, seen):
     """The agent gets vectors as float32, beyond their bounds too, choices as one-hot, all parts of a Dict or
     a Tuple, images of any size as 64x64 colours, as white as the space's brightest, and the preset that fits.
-    It counts its actions from 0, the environment from where it likes. An episode without a limit has
-    Atari's."""
+    It counts its actions from 0, the environment from its own. An episode without a limit has Atari's."""
     env = train.make_env(registered(observations=space, give=lambda env: given, actions=Discrete(3, start=5)))
     preset, dtype = ("cpu", np.uint8) if np.ndim(seen) > 1 else ("vector", np.float32)
     for observation in (env.reset(seed=0)[0], env.step(np.int64(2))[0]):
@@ -1721,8 +1720,7 @@ def test_an_environment_that_is_unsupported_or_fails_is_named(registered, tmp_pa
 
 def test_a_batch_is_what_the_replay_draws(tmp_path):
     """Each batch of a run holds the sequences of its own draw, though it lies where the last one lay."""
-    run = train.Run(catch_config(tmp_path, steps=60), Catch())
-    train.train(run, progress=False)
+    train.train(run := train.Run(catch_config(tmp_path, steps=60), Catch()), progress=False)
     for _ in range(2):
         state = run.rng.bit_generator.state
         batch, run.rng.bit_generator.state = run.batch(0), state
@@ -1866,8 +1864,8 @@ def test_a_score_goes_to_a_file_of_its_own_before_it_is_printed(saved_run, tmp_p
         patch.setattr("builtins.print", lambda *_: 1 / 0)
         evaluate.main(command)
     found = json.loads(path.read_text())
-    assert found["returns"] == [1.0, 3.0, 8.0] and played == [(7, 7)]
-    assert [found[name] for name in ("random", "human", "human_normalised")] == [1.7, 30.5, 2.3 / 28.8]
+    assert played == [(7, 7)] and [found[name] for name in ("returns", "random", "human", "human_normalised")
+                                   ] == [[1.0, 3.0, 8.0], 1.7, 30.5, 2.3 / 28.8]
     evaluate.main(command)
     assert re.search(f"breakout after 0 steps: score 4.0.*\nwritten to {path}", capsys.readouterr().out)
     assert set(tmp_path.rglob("*")) == before | {path}
