@@ -239,7 +239,7 @@ class Level(nn.Module):
         # 2. Imagine from the states of the batch. The goal is held fixed for the whole rollout, longer than k
         # ticks: the next one cannot be known (as published). Nothing comes after a terminal state, so what is
         # imagined from one has weight zero.
-        goal = self.goals(batch, states).flatten(0, 1)  # (B*T,8*8)
+        goal = onehot(batch["subgoal"], self.subgoal_shape[1]).flatten(-2).flatten(0, 1)  # (B*T,8*8)
         states = states.map(lambda field: field.flatten(0, 1))  # (B*T,...)
         alive = 1 - batch["is_terminal"].flatten().float()
         if self.starts < len(alive):  # the rest is left out: (N,...)
@@ -248,38 +248,23 @@ class Level(nn.Module):
         states, actions = self.world_model.imagine(states, lambda state: self.policy(state, goal),
                                                    self.horizon)
 
-        # 3. The autoencoder, on imagined h; its error is the novelty. A flat agent has no use for it.
-        novelty, learned = self.update_autoencoder(states.h) if len(self.rewards) > 1 else (None, {})
+        # 3. What the states 1 ... horizon pay, (horizon,N) each. Novelty is the autoencoder's error on imagined
+        # h. A flat agent has no use for an autoencoder.
+        pays = {"extrinsic": states.reward[1:]}
+        if len(self.rewards) > 1:
+            loss, pays["novelty"] = self.autoencoder.loss(states.h[1:])
+            loss.backward()
+            metrics |= {"loss/autoencoder": loss.detach(),
+                        "opt/autoencoder_grad_norm": self.optimisers["autoencoder"].step()}
+        if "subgoal" in self.rewards:
+            with torch.no_grad():
+                pays["subgoal"] = cosine_max(self.autoencoder.decode(goal), states.h[1:])
+        reward = torch.stack([pays[name] for name in self.rewards], -1)  # (horizon,N,R)
 
-        # 4. Actor and critics, on the rewards of the states 1 ... horizon.
-        reward = self.imagined_rewards(states, actions, goal, novelty)
-        reward = torch.stack([reward[name] for name in self.rewards], -1)  # (horizon,N,R)
+        # 4. Actor and critics.
         feature = states.feature(goal.expand(len(states.h), -1, -1))  # (horizon+1,N,F)
         discount = self.gamma * states.cont[1:]  # (horizon,N)
-        return metrics | learned | self.update_behaviour(feature, actions, reward, discount, alive)
-
-    def goals(self, batch, states):
-        """(B,T,8*8): which goal a dream from each state of the batch pursues: the one that was held there."""
-        return onehot(batch["subgoal"], self.subgoal_shape[1]).flatten(-2)
-
-    def update_autoencoder(self, h):
-        """A training step on imagined h (horizon+1,N,H). Returns novelty (horizon,N) of h[1:] and metrics."""
-        loss, novelty = self.autoencoder.loss(h[1:])
-        loss.backward()
-        return novelty, {"loss/autoencoder": loss.detach(),
-                         "opt/autoencoder_grad_norm": self.optimisers["autoencoder"].step()}
-
-    @torch.no_grad()
-    def imagined_rewards(self, states, actions, goal, novelty):
-        """{name: (horizon,N)}: what the states 1 ... horizon of N dreams with goals (N,8*8) pay."""
-        reward = {"extrinsic": states.reward[1:], "novelty": novelty}
-        if "subgoal" in self.rewards:
-            reward["subgoal"] = cosine_max(self.autoencoder.decode(goal), states.h[1:])
-        return reward
-
-    def returns(self, reward, discount, value):
-        """The returns (horizon,N,R) of rewards and values (horizon,N,R) under one discount (horizon,N)."""
-        return lambda_return(reward, discount[..., None], value, self.lam)
+        return metrics | self.update_behaviour(feature, actions, reward, discount, alive)
 
     def update_behaviour(self, feature, actions, reward, discount, alive):
         """One training step of actor and critics on imagined rollouts (DreamerV3, "Actor learning").
@@ -295,7 +280,7 @@ class Level(nn.Module):
         logits = self.critics(feature)  # (horizon+1,N,R,bins): evaluated once, with gradients
         with torch.no_grad():
             value = twohot.mean(logits)  # (horizon+1,N,R)
-            returns = self.returns(reward, discount, value[1:])  # (horizon,N,R)
+            returns = lambda_return(reward, discount[..., None], value[1:], self.lam)  # (horizon,N,R)
             scale = self.normaliser.update(returns)  # (R,): rewards of any size count by their weights
             advantage = ((returns - value[:-1]) / scale * self.weights).sum(-1)  # (horizon,N)
             # w: gamma^t, and how likely it is that the episode has not ended before state t.
@@ -347,7 +332,7 @@ class Hieros(nn.Module):
             # Levels with a level above get the subgoal reward; levels above 0 get novelty. So exploring is
             # left to the upper levels, on their longer time scales (Hieros).
             names = ["extrinsic"] + ["subgoal"] * (i < levels - 1) + ["novelty"] * (i > 0)
-            level = self.make_level(
+            level = Level(
                 observation_shape=shape, action_shape=(1, actions) if i == 0 else code_shape,
                 subgoal_shape=code_shape if i < levels - 1 else (0, code_shape[1]), code_shape=code_shape,
                 rewards={name: weights[name] for name in names},
@@ -362,10 +347,6 @@ class Hieros(nn.Module):
             stoch, classes = level.world_model.z_shape
             shape = (k * (stoch * classes + level.world_model.hidden),)
             stored = {"z": ((k, stoch), np.uint8), "h": ((k, level.world_model.hidden), np.float32)}
-
-    def make_level(self, **settings):
-        """A level of the stack. An agent with levels of another kind, as some in results/, has its own."""
-        return Level(**settings)
 
     def initial_memory(self, n):
         """The acting state of n environments: what `act` takes and returns. No weights, no training in it."""

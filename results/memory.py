@@ -6,9 +6,9 @@
 A cue, a corridor of N steps in which nothing matters, two arms, of which the cue's pays 1. `alone` trains the
 world model of level 0 (add --levels 1) on random play until it recalls 0.9, at most 4,000 times. A line is
 appended. recall: how often a level's reward head promises more in the right arm than in the wrong one. z, h:
-how often a linear probe of them tells the cue, by ticks after it. nats: entropy of z. VARIANT: hindsight;
-reward-100, a loss of the reward 100 times as heavy; quiet, z is its probabilities; likeliest, its likeliest
-classes; gru, not S5.
+how often a linear probe of them tells the cue, by ticks after it; arm: how often one of z tells the arm.
+nats: entropy of z. VARIANT: reward-100, a loss of the reward 100 times as heavy; quiet, z is its
+probabilities; likeliest, its likeliest classes; gru, not S5.
 """
 import json
 import sys
@@ -62,8 +62,7 @@ class HeavyTwoHot(world_model.TwoHot):  # of the world models; the critics have 
 VARIANTS = {"reward-100": lambda: (world_model, "TwoHot", HeavyTwoHot),  # what is replaced by what
             "quiet": lambda: (world_model, "sample_onehot", lambda p: p),
             "likeliest": lambda: (world_model, "sample_onehot", lambda p: (p == p.amax(-1, True)).float()),
-            "gru": lambda: (world_model, "S5Stack", import_module("gru").GRUStack),
-            "hindsight": lambda: (train, "Hieros", import_module("hindsight").HindsightHieros)}
+            "gru": lambda: (world_model, "S5Stack", import_module("gru").GRUStack)}
 
 
 def random_play(n, B, T, rng):
@@ -88,7 +87,7 @@ def probe(x, cue):
 def study(agent, n, count=1000, probed=True):
     """The figures of each level, [{name: value}], from `count` fresh episodes side by side."""
     cue = np.random.default_rng(0).integers(2, size=count)
-    memory, discretised, states, promised = agent.initial_memory(count), agent.discretise(), {}, []
+    memory, discretised, states, ends = agent.initial_memory(count), agent.discretise(), {}, []
 
     def act(t, arm):
         flags = [np.full(count, flag) for flag in (t == 0, t > n, t > n)]
@@ -99,12 +98,15 @@ def study(agent, n, count=1000, probed=True):
         states |= {(i, t // agent.k ** i): tick["state"] for i, tick in enumerate(ticks)}
     for arm in cue, 1 - cue:  # from one and the same junction
         memory["levels"][0]["action"] = torch.eye(2)[arm]
-        promised.append([tick["state"].reward for tick in act(n + 1, arm)[1]])
-    levels = [{"recall": float(((a > b) + 0.5 * (a == b)).mean())} for a, b in zip(*promised)]
+        ends.append([tick["state"] for tick in act(n + 1, arm)[1]])
+    levels = [{"recall": float(((right.reward > wrong.reward) + 0.5 * (right.reward == wrong.reward)).mean())}
+              for right, wrong in zip(*ends)]
     for i, level in enumerate(levels if probed else ()):
         ticks = [j for j in (0, 2, 6, 10, n // agent.k ** i) if (i, j) in states]
         for name in "z", "h":
             level[name] = {j: probe(getattr(states[i, j], name), torch.tensor(cue).float()) for j in ticks}
+        z, arm = torch.cat([end[i].z for end in ends]), np.concatenate([cue, 1 - cue])
+        level["arm"] = probe(z, torch.tensor(arm).float())
         level["nats"] = {j: round(float(states[i, j].entropy.mean()), 2) for j in ticks}
     return levels
 

@@ -1,31 +1,23 @@
-"""Are subgoals obeyed, and are they reached? `python results/subgoals.py RUN`, of train.py or hindsight.py
+"""Are subgoals obeyed, and are they reached? `python results/subgoals.py RUN`
 
 Plays 4,000 steps and prints a line for each level that is given goals:
 
 obeyed     how much another goal changes what the level does, 0 not at all, 1 entirely (total variation)
 reached    how near it is to its goal when the next one is set, as cosine-max
 shuffled   the same to the goal of another time: reached means something only above this
-able       dreamed: how near it comes to what was done from here, if that is the goal
-unled      the same, if what was done at another time is the goal: able means something only above this
 """
+import json
 import sys
 from pathlib import Path
 
 sys.path[0] = str(Path(__file__).parents[1])  # the project's root in place of results/
-sys.path.append(str(Path(__file__).parent))  # last: results/profile.py hides Python's own
 
 import torch
 
-from evaluate import rollout
+from evaluate import load_run, rollout
 from hierarchy import cosine_max
-from hindsight import draw_code, load_run, print_line
-from train import UsageError, make_env, program
+from train import UsageError, make_env, origin, program
 from world_model import State
-
-
-def another(rollouts):
-    """For each of the rollouts along the first dimension another one."""
-    return rollouts.roll(len(rollouts) // 2, 0)
 
 
 @torch.inference_mode()
@@ -42,20 +34,11 @@ def subgoal_study(agent, env, seed, steps=4000):
     for i, level in enumerate(agent.levels[:-1]):
         codes, states = zip(*goals[i][:len(ends[i])])  # the last one has no end yet
         code, end, state = torch.cat(codes), torch.cat(ends[i]), State(*map(torch.cat, zip(*states)))
-        # By the paper's rule a goal is a place. In hindsight it is a change from what comes anyway.
-        origin = getattr(level, "origin", torch.zeros_like)(state.h)
-        done = draw_code(level.autoencoder, end - origin)
-
-        def near(code, h):
-            return cosine_max(level.autoencoder.decode(code), h - origin)
-
-        def dreamed_end(code):
-            return level.world_model.imagine(state, lambda now: level.policy(now, code), agent.k)[0].h[-1]
-
-        p, q = (level.actor(state.feature(each)) for each in (code, another(code)))
-        values = {"obeyed": 0.5 * (p - q).abs().sum(-1), "reached": near(code, end),
-                  "shuffled": near(another(code), end), "able": near(done, dreamed_end(done)),
-                  "unled": near(done, dreamed_end(another(done)))}
+        other = code.roll(len(code) // 2, 0)  # for each goal one of another time
+        p, q = (level.actor(state.feature(each)) for each in (code, other))
+        values = {"obeyed": 0.5 * (p - q).abs().sum(-1)} | {
+            name: cosine_max(level.autoencoder.decode(each), end)
+            for name, each in (("reached", code), ("shuffled", other))}
         study.append({"level": i, "goals": len(code)}
                      | {name: round(float(value.mean()), 4) for name, value in values.items()})
     return study
@@ -68,7 +51,8 @@ def main(directory):
         raise UsageError(f"{directory} was trained with --levels 1 and has no subgoals")
     torch.manual_seed(0)
     for values in subgoal_study(agent, make_env(config.game), seed=0):
-        print_line(game=config.game, seed=config.seed, agent_steps=past["step"], **values)
+        print(json.dumps({"game": config.game, "seed": config.seed, "agent_steps": past["step"],
+                          **values, **origin()}))
 
 
 if __name__ == "__main__":
