@@ -16,7 +16,6 @@ exit codes: 0 done; 2 the command or a file is wrong, one line on the standard e
 """
 
 import argparse
-import contextlib
 import dataclasses
 import json
 import math
@@ -28,10 +27,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from hierarchy import onehot
-from train import (PRESETS, RESUMABLE, Config, Parser, UsageError, blaming, env_step, evaluation,
-                   keep_freed_memory, load_checkpoint, make_agent, make_config, make_env, program,
-                   read_published, report, statistics, write_json)
+from hierarchy import env_step, onehot
+from train import (PRESETS, RESUMABLE, Config, UsageError, blaming, evaluation, load_checkpoint, make_agent,
+                   make_config, make_env, program, read_published, statistics)
 from world_model import symexp
 
 
@@ -49,7 +47,7 @@ def load_run(directory, device):
     with blaming(f"{path} cannot be used"):
         checkpoint = load_checkpoint(path, "cpu")
         config = make_config(checkpoint["config"] | {"device": device, "logdir": str(directory)})
-        with contextlib.closing(make_env(config.game)) as env:
+        with make_env(config.game) as env:
             agent = make_agent(config, env)
         if "optimisers" not in checkpoint:  # exported: only training needs these, and they are not in it
             for level in agent.levels:
@@ -60,15 +58,14 @@ def load_run(directory, device):
 
 def rollout(agent, env, steps, seed):
     """Play `steps` agent steps, over the ends of episodes; yield for each (now, memory, ticks): what the
-    environment gave, as train.env_step, and what Hieros.act returned for it."""
-    now, memory = env_step(env.reset(seed=seed)[0], is_first=True), agent.initial_memory(1)
+    environment gave, as an env_step, and what Hieros.act returned for it."""
+    now, memory = env_step(env.reset(seed=seed)), agent.initial_memory(1)
     discretised = agent.discretise()
     for _ in range(steps):
         memory, ticks = agent.act(memory, **now, discretised=discretised)
         yield now, memory, ticks
         # The agent sees an episode's last step, too; the action that it chooses there has no effect.
-        now = (env_step(env.reset()[0], is_first=True) if now["is_last"][0] else
-               env_step(*env.step(int(ticks[0]["action"].argmax()))))
+        now = env_step(env.reset() if now["is_last"][0] else env.step(int(ticks[0]["action"].argmax())))
 
 
 def state_image(agent, i, z, h):
@@ -129,7 +126,7 @@ def film_env(game):
     """The environment of a film: its observations are images, or it draws frames. One frame is drawn on
     trial. Raises UsageError where that fails: now, and not after a hundred episodes."""
     with blaming(f"no film of {game} (films need pillow, films of numbers a render_mode rgb_array)"):
-        with contextlib.closing(make_env(game)) as env:
+        with make_env(game) as env:
             numbers = len(env.observation_space.shape) == 1
         env = make_env(game, **{"render_mode": "rgb_array"} if numbers else {})
         image, _ = env.reset(seed=0)
@@ -321,7 +318,8 @@ def writable(path, suffix):
 
 def parse(argv):
     """The arguments of the command line. Raises UsageError, before any work, for what cannot succeed."""
-    parser = Parser(epilog=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    parser = argparse.ArgumentParser(usage=argparse.SUPPRESS, epilog=__doc__, allow_abbrev=False,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("paths", nargs="*", metavar="RUN|RESULT",
         help="the directory of a run, or files with the results of many, .json or .jsonl")
@@ -359,17 +357,14 @@ def one_run(args):
             # A name that says what was played overwrites no other score, least of all what training wrote.
             name = f"evaluation-step{past['step']}-seed{args.seed}-{episodes}.json"
             file = args.json or writable(directory / name, ".json")
-            summary = evaluation(config, agent, past, episodes, args.seed)
-            write_json(summary, file)  # before it is printed: the terminal may have gone away
-            print(f"{report(summary)}\nwritten to {file}")
+            print(f"{evaluation(config, agent, past, episodes, args.seed, file)}\nwritten to {file}")
         if args.video:
-            with contextlib.closing(film_env(config.game)) as env:
+            with film_env(config.game) as env:
                 film(agent, env, config.game, args.seed, args.video)
 
 
 def main(argv):
     """The command line. Returns the exit code."""
-    keep_freed_memory()
     args = parse(argv)
     if args.table:
         for group, games in load_results(args.paths).items():

@@ -248,8 +248,8 @@ class Level(nn.Module):
         states, actions = self.world_model.imagine(states, lambda state: self.policy(state, goal),
                                                    self.horizon)
 
-        # 3. What the states 1 ... horizon pay, (horizon,N) each. Novelty is the autoencoder's error on imagined
-        # h. A flat agent has no use for an autoencoder.
+        # 3. What the states 1 ... horizon pay, (horizon,N) each. Novelty is the autoencoder's error on what is
+        # imagined. A flat agent has no use for an autoencoder.
         pays = {"extrinsic": states.reward[1:]}
         if len(self.rewards) > 1:
             loss, pays["novelty"] = self.autoencoder.loss(states.h[1:])
@@ -357,7 +357,7 @@ class Hieros(nn.Module):
             memory["levels"].append({
                 "x": x, "z": z, "action": torch.zeros(n, world.action_size, device=device),
                 # The last k states [z, symlog(h)], oldest first: the second symlog of h.
-                "recent": torch.zeros(n, self.k, z[0].numel() + world.hidden, device=device),
+                "recent": torch.zeros(n, self.k, z.shape[1:].numel() + world.hidden, device=device),
                 "subgoal": torch.zeros(n, level.subgoal_shape[0] * level.subgoal_shape[1], device=device),
                 "reward": np.zeros(n, np.float32)})  # env rewards since the last tick
         return memory
@@ -443,6 +443,17 @@ def _where(rows, new, old):
     return torch.where(torch.as_tensor(rows, device=old.device).view(-1, *[1] * (old.ndim - 1)), new, old)
 
 
+def env_step(given):
+    """What an environment's reset or step gave, as arrays of one environment: the arguments of Hieros.act."""
+    is_first = len(given) == 2  # observation, info
+    observation, reward, terminated, truncated, _ = (given[0], 0.0, False, False, {}) if is_first else given
+    # A time limit is no death: only what is terminal has no future worth. (The published code takes both for
+    # death, so an agent that survives learns that it will die.)
+    return {"observation": observation[None], "reward": np.array([reward], float),
+            "is_first": np.array([is_first]), "is_last": np.array([terminated or truncated], bool),
+            "is_terminal": np.array([terminated], bool)}
+
+
 def small(levels=3, observation_shape=(4,), actions=3, **behaviour):
     """A small agent for demonstrations and tests."""
     model = dict(stoch=8, classes=8, hidden=64, state_size=32, s5_layers=2, memory=64, units=64, mlp_layers=1,
@@ -460,8 +471,9 @@ if __name__ == "__main__":  # a demonstration: one episode of 18 steps of three 
     print("Each step has the reward 1. Of a level that ticks: its reward, and which of k states it sees (1).")
     print("   t   " + "".join(f"{f'level {i}':>18}" for i in range(3)) + "   first number of held subgoals")
     for t in range(last + 1):
-        flags, o = [np.array([flag]) for flag in (t == 0, t == last, t == last)], np.zeros((1, 4), np.float32)
-        memory, ticks = agent.act(memory, o, np.float32([t > 0]), *flags, discretised)
+        o = np.zeros(4, np.float32)
+        now = env_step((o, 1.0, t == last, False, {}) if t else (o, {}))  # as step and reset give it
+        memory, ticks = agent.act(memory, **now, discretised=discretised)
         row = ""
         for i, step in enumerate(agent.transitions(ticks)):
             seen = "".join(str(int(z.any())) for z in step["z"]) if i else "o_t"

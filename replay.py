@@ -99,22 +99,18 @@ class Replay:
     # A checkpoint must not rewrite what has not changed: `save` writes new steps only, in further files.
 
     def save(self, folder):
-        """Write the steps since the last `save` to folder/FROM-TO.npz."""
+        """Write the steps since the last `save` to folder/FROM-TO.npz. Its checkpoint is safe by now: files
+        whose steps had left the ring by then are deleted, and unfinished ones."""
         folder.mkdir(parents=True, exist_ok=True)
+        for path in [*folder.glob("*.tmp"), *(path for path, _, stop in self._files(folder)
+                                              if stop <= self.saved - self.capacity)]:
+            path.unlink()
         for start in range(max(self.saved, self.total - self.capacity), self.total, self.PIECE):
             stop = min(start + self.PIECE, self.total)
             index = np.arange(start, stop) % self.capacity
             with replacing(folder / f"{start:09d}-{stop:09d}.npz") as file:
                 np.savez(file, **{name: array[index] for name, array in self.arrays.items()})
         self.saved = self.total
-
-    def prune(self, folder):
-        """Once a new checkpoint is safe, delete files whose steps have left the ring, and unfinished ones."""
-        for path in folder.glob("*.tmp"):
-            path.unlink()
-        for path, _, stop in self._files(folder):
-            if stop <= self.saved - self.capacity:
-                path.unlink()
 
     def load(self, folder, total):
         """Fill the ring, file by file, with the steps up to number `total`, at which `save` was called. Files

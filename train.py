@@ -39,10 +39,10 @@ import ale_py
 import gymnasium
 import numpy as np
 import torch
-from gymnasium.spaces import Box, Discrete, MultiDiscrete, flatdim, flatten
+from gymnasium.spaces import Box, Discrete, MultiDiscrete
 from tqdm import tqdm
 
-from hierarchy import Hieros, Level
+from hierarchy import Hieros, Level, env_step
 from replay import Replay, replacing
 from world_model import WorldModel
 
@@ -135,15 +135,10 @@ def blaming(what, show=False):
         raise UsageError(f"{what}: {type(error).__name__}, {str(error).split('. ')[0][:300]}") from error
 
 
-class Parser(argparse.ArgumentParser):
-    def error(self, message):
-        raise UsageError(f"{message}; --help names every flag")
-
-
 def parse_config(argv):
-    """({explicitly given name: value}, resume) of a command line. UsageError; only --help exits."""
-    parser = Parser(usage="train.py [any setting below] [--resume]", epilog=__doc__, allow_abbrev=False,
-                    formatter_class=argparse.RawDescriptionHelpFormatter)
+    """({explicitly given name: value}, resume) of a command line. A wrong one exits, with one line and 2."""
+    parser = argparse.ArgumentParser(usage=argparse.SUPPRESS, epilog=__doc__, allow_abbrev=False,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
     # The comment that explains a setting above is its help text, too.
     helps = dict(re.findall(r"^    (\w+): .*  # (.*)", Path(__file__).read_text("utf-8"), re.MULTILINE))
     for field in dataclasses.fields(Config):
@@ -167,7 +162,7 @@ def make_config(given):
     with blaming(f"--device {config.device} cannot be used here"):
         torch.zeros(1, device=config.device)
     if config.preset == "auto":
-        with contextlib.closing(make_env(config.game)) as env:
+        with make_env(config.game) as env:
             image = "cpu" if config.device == "cpu" else "paper"
             config.preset = image if env.observation_space is IMAGE else "vector"
     vars(config).update({name: value for name, value in PRESETS[config.preset].items() if name not in given})
@@ -176,8 +171,6 @@ def make_config(given):
         if field.type is not str and not low <= value <= high:
             raise UsageError(f"--{field.name} {value} is out of range: "
                              + (f"{low} to {high}" if high < 1e99 else f"at least {low}"))
-    if config.steps < config.warmup:
-        raise UsageError(f"--steps {config.steps} ends before the first update, at --warmup {config.warmup}")
     return config
 
 
@@ -224,7 +217,8 @@ def game_name(game):
 
 def make_env(game, **options):
     """The environment of a `game_name`. options: for Gymnasium's, such as render_mode."""
-    return Atari(game) if game in atari_games() else Registered(game, **options)
+    with blaming(f"{game} cannot be made"):
+        return Atari(game) if game in atari_games() else Registered(game, **options)
 
 
 @functools.cache  # a game's screens all have one size
@@ -256,9 +250,8 @@ class Atari(gymnasium.Env):
     observation_space = IMAGE
 
     def __init__(self, game):
-        with blaming(f"{game} cannot be made"):
-            self.game = gymnasium.make(atari_games()[game], frameskip=1, repeat_action_probability=0.0,
-                                       full_action_space=False, disable_env_checker=True).unwrapped
+        self.game = gymnasium.make(atari_games()[game], frameskip=1, repeat_action_probability=0.0,
+                                   full_action_space=False, disable_env_checker=True).unwrapped
         self.action_space = self.game.action_space
 
     def reset(self, *, seed=None, options=None):
@@ -305,34 +298,29 @@ class Registered(gymnasium.Wrapper):
     An observation may leave its Box, `info` is never read. Without a time limit it gets Atari's."""
 
     def __init__(self, game, **options):
-        self.name, self.t, id = game, 0, game.rpartition(":")[2]  # t: steps in this episode
+        self.name, id = game, game.rpartition(":")[2]
         limit = gymnasium.spec(id).max_episode_steps or Atari.MAX_FRAMES // Atari.REPEAT
-        with blaming(f"{game} cannot be made"):
-            super().__init__(gymnasium.make(id, max_episode_steps=limit, disable_env_checker=True, **options))
-        seen, actions = (getattr(self.env, name, None) for name in ("observation_space", "action_space"))
-        self.seen, shape = seen, seen.shape if isinstance(seen, Box) else ()
-        image = shape[1:] and shape[2:] in ((), (1,), (3,)) and seen.dtype == np.uint8
-        try:
-            self.shape = shape or (flatdim(seen),)
-        except (AttributeError, NotImplementedError, ValueError):  # no space, or one of changing size
-            self.shape = ()
-        if not ((image or len(self.shape) == 1) and isinstance(actions, Discrete)
-                and actions.n <= 256):  # the replay stores them as bytes
+        super().__init__(gymnasium.make(id, max_episode_steps=limit, disable_env_checker=True, **options))
+        if not isinstance(self.env.observation_space, Box):
+            self.env = gymnasium.wrappers.FlattenObservation(self.env)
+        self.seen, actions = self.env.observation_space, self.env.action_space
+        shape = self.seen.shape if isinstance(self.seen, Box) else (0, 0)  # what changes its size is no Box
+        image = shape[1:] and shape[2:] in ((), (1,), (3,)) and self.seen.dtype == np.uint8
+        if not (image or len(shape) < 2) or not isinstance(actions, Discrete) or actions.n > 256:  # a byte
             self.close()
-            raise UsageError(f"{game} has observations {seen}, actions {actions}; supported: Box of one axis,"
-                             " images of uint8, what Gymnasium can flatten; actions Discrete, up to 256;"
-                             " gymnasium.wrappers TransformObservation, TransformAction convert others")
-        self.observation_space = IMAGE if image else Box(-np.inf, np.inf, self.shape, np.float32)
+            raise ValueError("supported: Box of one axis, images of uint8, what Gymnasium can flatten;"
+                             " Discrete actions up to 256; its wrappers TransformObservation, TransformAction"
+                             f" convert others, here {self.seen} with {actions}")
+        self.observation_space = IMAGE if image else Box(-np.inf, np.inf, shape or (1,), np.float32)
         self.action_space = Discrete(int(actions.n))
 
-    def _ask(self, method, *arguments, **options):
-        """What reset or step returns, with the observation as the agent sees it, and {} for info."""
-        with blaming(f"{self.name} fails at step {self.t} of an episode", show=True):
+    def _ask(self, t, method, *arguments, **options):
+        """What reset (t = 0) or step t of an episode returns: with the agent's observation, without info."""
+        self.t = t
+        with blaming(f"{self.name} fails at step {t} of an episode", show=True):
             array, *numbers = method(*arguments, **options)
             numbers = [np.asarray(number).item() for number in numbers[:-1]]
-            if not isinstance(self.seen, Box):
-                array = flatten(self.seen, array)
-            array = np.asarray(array).reshape(self.shape)
+            array = np.reshape(array, self.seen.shape or 1)
             if self.observation_space is IMAGE:
                 if array.dtype.kind == "f" or not ((0 <= array) & (array <= self.seen.high)).all():
                     raise ValueError(f"{array.dtype} up to {array.max()} cannot be scaled by {self.seen}")
@@ -342,13 +330,14 @@ class Registered(gymnasium.Wrapper):
                 raise ValueError("an observation or a reward that is not finite in float32")
             return array, *numbers, {}
 
-    def reset(self, **options):
-        self.t = 0
-        return self._ask(self.env.reset, **options)
+    def reset(self, *, seed=None, **options):
+        if seed is not None:  # these numbers are the whole process's: an environment may use them, too
+            random.seed(seed)
+            np.random.seed(seed % 2 ** 32)
+        return self._ask(0, self.env.reset, seed=seed, **options)
 
     def step(self, action):
-        self.t += 1
-        return self._ask(self.env.step, int(action) + int(self.env.action_space.start))
+        return self._ask(self.t + 1, self.env.step, int(action) + int(self.env.action_space.start))
 
     def close(self):
         with contextlib.suppress(UsageError), blaming("", show=True):  # it must not cost a score
@@ -369,15 +358,6 @@ def make_agent(config, env):
     with torch.device(config.device):
         return Hieros(env.observation_space.shape, int(env.action_space.n), config.levels, config.k,
                       (config.subgoal_categoricals, config.subgoal_classes), weights, model, behaviour)
-
-
-def env_step(observation, reward=0.0, terminated=False, truncated=False, *_, is_first=False):
-    """What an environment's step gave, as arrays of one environment: the arguments of Hieros.act."""
-    # A time limit is no death: only what is terminal has no future worth. (The published code takes both for
-    # death, so an agent that survives learns that it will die.)
-    return {"observation": observation[None], "reward": np.float32([reward]),
-            "is_first": np.array([is_first]), "is_last": np.array([terminated or truncated], bool),
-            "is_terminal": np.array([terminated], bool)}
 
 
 class Recorded:
@@ -413,13 +393,6 @@ def load_checkpoint(path, device):
     return torch.load(path, map_location=device, weights_only=True)
 
 
-def seed_globally(seed):
-    """Seed the random numbers of the whole process, which an environment may use. Returns the seed."""
-    random.seed(seed)
-    np.random.seed(seed % 2 ** 32)
-    return seed
-
-
 class Run:
     """Agent, environment, replays and counters of one run, what it does in a step, how it is saved. All that
     the next step depends on is here, random numbers too: a resumed run is bit for bit one never stopped."""
@@ -427,8 +400,10 @@ class Run:
     SAVED = "step", "seconds", "score", "curve", "updates", "commits", "memory", "now"  # as they are
 
     def __init__(self, config, env):
+        if config.steps < config.warmup:
+            raise UsageError(f"--steps {config.steps} ends before the first update, --warmup {config.warmup}")
         self.config, self.env, self.directory = config, env, Path(config.logdir)
-        torch.manual_seed(seed_globally(config.seed))
+        torch.manual_seed(config.seed)
         self.rng = np.random.default_rng(config.seed)
         with blaming("the agent cannot be made"):  # for want of memory, for example
             self.agent = make_agent(config, env)
@@ -438,12 +413,12 @@ class Run:
         self.discretised = self.agent.discretise()  # of the S5 layers: once an update, not once a step
         self.update = [Recorded(level.update) for level in self.agent.levels]
         self.memory = self.agent.initial_memory(1)
-        self.now = env_step(env.reset(seed=config.seed)[0], is_first=True)
+        self.now = env_step(env.reset(seed=config.seed))
         self.step, self.score, self.updates = 0, 0.0, [0] * config.levels  # score: of this episode so far
         self.curve = []  # [agent step, return] of every finished episode
         self.commits = [origin()["commit"] + "+" * origin()["dirty"]]  # of all code that has trained it
-        self.gathered = {}  # {level: {name: tensor (B,T,...)}}, see `batch`
-        self.sums = {}  # {level: (names of its metrics, their sums, number of updates)} since the last line
+        self.gathered = {}  # {level: {name: array (B,T,...)}}, see `batch`
+        self.measured = {}  # {(level, *names of metrics): [their values at an update]} since the last line
         self.seconds, self.logged = 0.0, 0  # wall time of training and step, at the last line of the log
         self.began, self.metrics = time.perf_counter(), self.directory / "metrics.jsonl"
         self.directory.mkdir(parents=True, exist_ok=True)
@@ -463,14 +438,14 @@ class Run:
 
     def play(self, action):
         """One step of the game."""
-        given = self.env.step(action)
-        self.score, self.now = self.score + float(given[1]), env_step(*given)
+        self.now = env_step(self.env.step(action))
+        self.score += self.now["reward"].item()
 
     def restart(self):
         """The next episode."""
         self.log({"episode/score": self.score, "episode/length": int(self.memory["t"][0])})
         self.curve.append([self.step, self.score])
-        self.now, self.score = env_step(self.env.reset()[0], is_first=True), 0.0
+        self.now, self.score = env_step(self.env.reset()), 0.0
 
     def learn(self):
         """One update of every level that is due and has enough to learn from. Level i is due k^i times more
@@ -479,10 +454,8 @@ class Run:
         for i, (level, replay) in enumerate(zip(self.agent.levels, self.replays)):
             if self.step >= c.warmup and self.step % (c.train_every * c.k ** i) == 0 and replay.starts:
                 metrics = self.update[i](self.batch(i))
-                # Summed on the device: to fetch a number from a GPU is to wait for all that it has to do.
-                _, sums, count = self.sums.get(i, (None, 0, 0))
-                sums = sums + torch.stack(list(metrics.values()))
-                self.sums[i] = list(metrics), sums, count + 1
+                # They stay on the device: to fetch a number from a GPU is to wait for all that it has to do.
+                self.measured.setdefault((i, *metrics), []).append(torch.stack(list(metrics.values())))
                 with torch.no_grad():
                     self.discretised[i] = level.world_model.sequence.discretise()
                 self.updates[i] += 1
@@ -490,15 +463,13 @@ class Run:
     def batch(self, i):
         """A batch from the replay of level i, on the device. It is gathered where the last one was: `act`,
         which comes between two draws, waits until a GPU has done all that it was asked for."""
-        replay, size, device = self.replays[i], self.config.batch_size, self.config.device
-        if i not in self.gathered:
-            zeros = np.zeros((size, replay.length), int)
-            batch = {name: torch.from_numpy(array.take(zeros, 0)) for name, array in replay.arrays.items()}
+        drawn = self.replays[i].sample(self.config.batch_size, self.gathered.get(i))
+        if i not in self.gathered and self.config.device != "cpu":
             # From memory that is not pinned a copy to a GPU would wait for all updates before it.
-            self.gathered[i] = {name: tensor if device == "cpu" else tensor.pin_memory()
-                                for name, tensor in batch.items()}
-        replay.sample(size, {name: tensor.numpy() for name, tensor in self.gathered[i].items()})
-        return {name: tensor.to(device, non_blocking=True) for name, tensor in self.gathered[i].items()}
+            drawn = {name: torch.from_numpy(array).pin_memory().numpy() for name, array in drawn.items()}
+        self.gathered[i] = drawn
+        return {name: torch.from_numpy(array).to(self.config.device, non_blocking=True)
+                for name, array in drawn.items()}
 
     def log(self, values):
         """One more line of metrics.jsonl, a JSON object. The names are DreamerV3's where it has one."""
@@ -507,19 +478,18 @@ class Run:
 
     def write_means(self):
         """The mean metrics of each level since the last time, and the speed. Raises FloatingPointError."""
-        for level, (names, sums, count) in self.sums.items():
-            means = {f"train/{name}": mean for name, mean in zip(names, (sums / count).tolist())}
-            if wrong := [name for name, mean in means.items() if not np.isfinite(mean)]:
-                raise FloatingPointError(f"up to step {self.step}, level {level}: not finite:"
-                                         f" {', '.join(wrong)}; the last checkpoint is from before")
+        for (level, *names), values in self.measured.items():
+            means = {f"train/{name}": mean for name, mean in zip(names, (sum(values) / len(values)).tolist())}
+            if wrong := ", ".join(name for name, mean in means.items() if not np.isfinite(mean)):
+                raise FloatingPointError(f"up to step {self.step}, level {level}: not finite: {wrong}")
             self.log({"level": level} | means)
         now = time.perf_counter() - self.began
         self.log({"seconds/total": now, "fps/policy": (self.step - self.logged) / (now - self.seconds)})
-        self.sums, self.logged, self.seconds = {}, self.step, now
+        self.measured, self.logged, self.seconds = {}, self.step, now
 
     def save(self):
         """Write a checkpoint, such that a kill at any moment leaves one: what it needs beside it is on the
-        disk before it takes the old one's name, and what only the old one needed is deleted after that."""
+        disk before it takes the old one's name, and what only the old one needed is deleted by the next."""
         if self.step > self.logged:
             self.write_means()  # which raises if a loss is not finite: that must not get into a checkpoint
         for i, replay in enumerate(self.replays):
@@ -537,8 +507,6 @@ class Run:
         torch.save(checkpoint, buffer := io.BytesIO())  # to a full disk torch would raise an error of its own
         with replacing(self.directory / "checkpoint.pt") as file:
             file.write(buffer.getbuffer())
-        for i, replay in enumerate(self.replays):
-            replay.prune(self.directory / f"replay-{i}")
 
     def restore(self, checkpoint):
         """Continue where `save` was called. An episode of an environment without get_state is lost."""
@@ -551,14 +519,12 @@ class Run:
             for name, state in states.items():
                 level.optimisers[name].adam.load_state_dict(state)
         if checkpoint["env"] is None:  # a new episode, of a seed that has not been played
-            seed = seed_globally(self.config.seed + self.step)
-            self.now, self.score = env_step(self.env.reset(seed=seed)[0], is_first=True), 0.0
+            self.now, self.score = env_step(self.env.reset(seed=self.config.seed + self.step)), 0.0
         else:
             self.env.set_state(checkpoint["env"])
         self.rng.bit_generator.state = checkpoint["rng"]
         torch.set_rng_state(checkpoint["torch_rng"].cpu())
-        for i, state in enumerate(checkpoint["cuda_rng"][:torch.cuda.device_count()]):
-            torch.cuda.set_rng_state(state.cpu(), i)
+        torch.cuda.set_rng_state_all([x.cpu() for x in checkpoint["cuda_rng"][:torch.cuda.device_count()]])
         # Last, since the rest deletes: what was written after the checkpoint will be written again.
         for i, (replay, total) in enumerate(zip(self.replays, checkpoint["replay_totals"], strict=True)):
             replay.load(self.directory / f"replay-{i}", total)
@@ -571,11 +537,9 @@ def train(run, progress=True):
     c, stopped = run.config, []
 
     def stop(number, frame):  # asks for an end only: a checkpoint must not hold one half of a step
-        if stopped and number != getattr(signal, "SIGHUP", None):  # which a closed terminal may say twice
-            with contextlib.suppress(OSError):
-                os.write(2, b"\nended at once, unsaved\n")
-            os._exit(128 + number)
         stopped.append(number)
+        for again in (signal.SIGINT, signal.SIGTERM):  # one more ends it at once; SIGHUP often comes twice
+            signal.signal(again, signal.SIG_DFL)
 
     with contextlib.ExitStack() as after, tqdm(total=c.steps, initial=run.step, unit="step", mininterval=1.0,
                                                disable=not progress, dynamic_ncols=True) as bar:
@@ -606,26 +570,25 @@ def train(run, progress=True):
 
 # ---- The score and the command line ------------------------------------------------------------------------
 
-def play(agent, make, episodes, seed=0, progress=True):
-    """The returns of `episodes` episodes, played side by side by an agent, at random if it is None. Each
-    environment plays equally many: those that end first are the short ones. One that fails keeps its own."""
-    envs, now, seed = [], [], seed_globally(seed)  # now: an env_step of each
+def play(agent, game, episodes, seed=0, progress=True):
+    """The returns of `episodes` episodes, played side by side by an agent, at random if it is None. How many
+    each environment plays is fixed: those that end first are the short ones. One that fails keeps its own."""
+    envs, now = [], []  # now: an env_step of each
     with contextlib.ExitStack() as opened:
         try:
-            for i in range(max(d for d in range(1, 17) if episodes % d == 0)):
-                envs.append(opened.enter_context(contextlib.closing(make())))
-                now.append(env_step(envs[i].reset(seed=seed + i)[0], is_first=True))
+            for i in range(min(episodes, 10)):
+                envs.append(opened.enter_context(make_env(game)))
+                now.append(env_step(envs[i].reset(seed=seed + i)))
         except UsageError as error:
             print(error, file=sys.stderr)  # then with fewer: of some emulators a process can have one only
-        if not now:
-            return []
-        n = max(d for d in range(1, len(now) + 1) if episodes % d == 0)
-        now, score, returns, playing = now[:n], [0.0] * n, [[] for _ in range(n)], list(range(n))
-        chance = MultiDiscrete([envs[0].action_space.n] * n, seed=seed)
+        n = len(now)
+        score, returns, playing = [0.0] * n, [[] for _ in now], list(range(n))
+        wanted = [len(range(i, episodes, n)) for i in playing]
+        chance = MultiDiscrete([env.action_space.n for env in envs[:n]], seed=seed)
         memory, discretised = agent and agent.initial_memory(n), agent and agent.discretise()
         bar = opened.enter_context(tqdm(total=episodes, desc="evaluation" if agent else "random play",
                                         unit="episode", disable=not progress, dynamic_ncols=True))
-        while any(len(returns[i]) < episodes // n for i in playing):
+        while any(len(returns[i]) < wanted[i] for i in playing):
             action = chance.sample()
             if agent:
                 batch = {name: np.concatenate([step[name] for step in now]) for name in now[0]}
@@ -633,12 +596,10 @@ def play(agent, make, episodes, seed=0, progress=True):
                 action = ticks[0]["action"].argmax(-1).cpu().numpy()
             for i in list(playing):
                 try:
-                    if now[i]["is_last"][0]:  # the agent has seen this end: now comes a start
-                        now[i], score[i] = env_step(envs[i].reset()[0], is_first=True), 0.0
-                        continue
-                    given = envs[i].step(action[i])
-                    now[i], score[i] = env_step(*given), score[i] + float(given[1])
-                    if now[i]["is_last"][0] and len(returns[i]) < episodes // n:
+                    ended = now[i]["is_last"][0]  # and the agent has seen it: now comes a start
+                    now[i] = env_step(envs[i].reset() if ended else envs[i].step(action[i]))
+                    score[i] = now[i]["reward"].item() + (0.0 if ended else score[i])
+                    if now[i]["is_last"][0] and len(returns[i]) < wanted[i]:
                         returns[i].append(score[i])
                         bar.update()
                 except UsageError as error:
@@ -661,97 +622,72 @@ def origin():
 
 def statistics(returns):
     """Mean and standard error of some returns: the error of one agent's episodes. Seeds differ by more."""
-    error = float(np.std(returns, ddof=1) / len(returns) ** 0.5) if len(returns) > 1 else None
-    return {"mean": float(np.mean(returns)), "standard_error": error, "returns": returns}
+    n, mean = len(returns), float(np.mean(returns))
+    error = float(np.std(returns, ddof=1) / n ** 0.5) if n > 1 else None
+    text = f"{mean:.1f}" + (f" +- {error:.1f} (standard error of {n} episodes)" if n > 1 else "")
+    return {"mean": mean, "standard_error": error, "returns": returns, "text": text}
 
 
-def evaluation(config, agent, past, episodes, seed):
-    """Play for a score. Returns all that is known of a run, to be JSON. past: a checkpoint, or vars(run)."""
-    make = functools.partial(make_env, config.game)
-    returns = play(agent, make, episodes, seed)
+def evaluation(config, agent, past, episodes, seed, file):
+    """Play for a score. Writes all that is known of a run to a file of JSON, complete or not at all, and
+    returns the score as one line of text. past: a checkpoint, or vars(run)."""
+    returns = play(agent, config.game, episodes, seed)
     if not returns:
         raise UsageError(f"{config.game}: no episode came to its end")
     score, published = statistics(returns), read_published()
     lowest, human = (published.get(name, {}).get(config.game) for name in ("random", "human"))
-    measured = play(None, make, 20, seed) if human is None else []  # to compare, where no score is published
-    return {name: vars(config)[name] for name in ("game", "levels", "seed", "preset")} | score | {
+    normalised = None if human is None else (score["mean"] - lowest) / (human - lowest)
+    measured = play(None, config.game, 20, seed) if human is None else []  # to compare, if none is published
+    measured, failed = statistics(measured) if measured else None, episodes - len(returns)
+    summary = {name: vars(config)[name] for name in ("game", "levels", "seed", "preset")} | score | {
         "agent_steps": past["step"], "hours": round(past["seconds"] / 3600, 3),
         "median": float(np.median(returns)), "random": lowest, "human": human,
-        "human_normalised": None if human is None else (score["mean"] - lowest) / (human - lowest),
-        "random_measured": statistics(measured) if measured else None, "failed": episodes - len(returns),
-        "protocol": f"{len(returns)} episodes, sampled actions"
-                    + (", " + Atari.PROTOCOL) * (config.game in atari_games()),
+        "human_normalised": normalised, "random_measured": measured, "failed": failed,
+        "protocol": "sampled actions" + f", {Atari.PROTOCOL}" * (config.game in atari_games()),
         "evaluation_seed": seed, "threads": torch.get_num_threads(), "trained_by": past["commits"],
         "device": config.device if config.device == "cpu" else torch.cuda.get_device_name(config.device),
         "config": vars(config), "curve": past["curve"], **origin()}
-
-
-def report(summary):
-    """The score as one line of text."""
-    def score(of):
-        n, error = len(of["returns"]), of["standard_error"]
-        return f"{of['mean']:.1f}" + (f" +- {error:.1f} (standard error of {n} episodes)" if n > 1 else "")
-
-    line = f"{summary['game']} after {summary['agent_steps']} steps: score {score(summary)}"
-    line += f", {summary['failed']} more failed" * (summary["failed"] > 0)
-    if summary["random_measured"]:
-        line += f"; random play {score(summary['random_measured'])}"
-    if summary["human"] is not None:
-        line += (f"; random {summary['random']}, human {summary['human']} (published): human-normalised"
-                 f" {summary['human_normalised']:.3f}")
-    return line
-
-
-def write_json(value, file):
-    """A value as a file that is complete or not there."""
     with replacing(Path(file)) as opened:
-        opened.write(json.dumps(value, indent=1).encode() + b"\n")
+        opened.write(json.dumps(summary, indent=1).encode() + b"\n")
+    line = f"{config.game} after {past['step']} steps: score {score['text']}"
+    line += f", {failed} more failed" * (failed > 0)
+    if human is not None:
+        return f"{line}; random {lowest}, human {human} (published): human-normalised {normalised:.3f}"
+    return line + (f"; random play {measured['text']}" if measured else "")
 
 
 def program(main):
     """Run main(argv) as a program that ends with an exit code, and with one line where something is wrong."""
+    with contextlib.suppress(OSError, AttributeError):  # glibc only
+        libc = ctypes.CDLL("libc.so.6")  # keep freed memory: to map it anew makes an update a third slower
+        libc.mallopt(-4, 0)  # M_MMAP_MAX: map no blocks of their own
+        libc.mallopt(-1, 2 ** 31 - 1)  # M_TRIM_THRESHOLD: give back only above 2 GiB
     sys.stdout, sys.stderr = (file or open(os.devnull, "w") for file in (sys.stdout, sys.stderr))  # if closed
     try:
         sys.exit(main(sys.argv[1:]))
-    except KeyboardInterrupt:  # while it trains, Ctrl+C saves first
-        error, code = "interrupted; what was saved before stays", 130
-    except (UsageError, OSError, FloatingPointError) as caught:
-        error, code = str(caught), 1 if isinstance(caught, FloatingPointError) else 2
-    print(f"{Path(sys.argv[0]).name}: {' '.join(error.split())}", file=sys.stderr)
+    except (UsageError, OSError, FloatingPointError, KeyboardInterrupt) as error:
+        line = str(error) or "interrupted; what was saved before stays"  # while it trains, Ctrl+C saves first
+        code = {FloatingPointError: 1, KeyboardInterrupt: 130}.get(type(error), 2)
+    print(f"{Path(sys.argv[0]).name}: {' '.join(line.split())}", file=sys.stderr)
     sys.exit(code)
-
-
-def keep_freed_memory():
-    """Ask glibc to keep freed memory: to map each large tensor anew makes an update a third slower."""
-    with contextlib.suppress(OSError, AttributeError):  # no glibc
-        libc = ctypes.CDLL("libc.so.6")
-        libc.mallopt(-4, 0)  # M_MMAP_MAX: map no blocks of their own
-        libc.mallopt(-1, 2 ** 31 - 1)  # M_TRIM_THRESHOLD: give back only above 2 GiB
 
 
 def main(argv):
     """A run from its command line to its score. Returns the exit code."""
-    keep_freed_memory()
     given, resume = parse_config(argv)
-    place = make_config({"preset": "debug"} | {name: given[name] for name in given.keys() & {
-        "game", "seed", "logdir", "device"}})
-    directory, again = Path(place.logdir), f"python train.py --logdir {shlex.quote(place.logdir)} --resume"
+    config = make_config(given)  # a wrong setting leaves no directory behind
+    directory, again = Path(config.logdir), f"python train.py --logdir {shlex.quote(config.logdir)} --resume"
     path, score = directory / "checkpoint.pt", directory / "evaluation.json"
-    if path.exists() and not resume:
-        raise UsageError(f"{directory} already exists: add --resume to go on, or choose another --logdir")
-    config = None if path.exists() else make_config(given)  # a wrong setting leaves no directory behind
-    with contextlib.ExitStack() as opened, contextlib.ExitStack() as playing:
-        with blaming(f"--logdir {directory} is in use, or cannot be"):
-            directory.mkdir(parents=True, exist_ok=True)
-            lock = opened.enter_context(open(directory / "lock", "a"))
-            with contextlib.suppress(ImportError):  # Windows
-                import fcntl
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # however this process ends, it is gone then
+    directory.mkdir(parents=True, exist_ok=True)
+    with open(directory / "lock", "a") as lock, contextlib.ExitStack() as playing:
+        with blaming(f"--logdir {directory} is in use, or cannot be"), contextlib.suppress(ImportError):
+            import fcntl  # not on Windows
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # however this process ends, it is gone then
         if resume := resume and path.exists():
             with blaming(f"{path} cannot be used"):
-                past = load_checkpoint(path, place.device)
-                config = make_config(past["config"] | given | {
-                    "logdir": place.logdir, "device": place.device})
+                past = load_checkpoint(path, config.device)
+                place = {"logdir": config.logdir, "device": config.device}
+                config = make_config(past["config"] | given | place)
             if "optimisers" not in past:
                 raise UsageError(f"{path} is an exported agent: it can be played, not trained on")
             for name in given.keys() - RESUMABLE:
@@ -759,12 +695,12 @@ def main(argv):
                     raise UsageError(f"--{name}: the run has {past['config'][name]}, and cannot change that")
         # A first save that was killed, or met a full disk, leaves empty files and unfinished ones.
         elif any(f.is_file() and f.stat().st_size and f.suffix != ".tmp" for f in directory.rglob("*")):
-            raise UsageError(f"{directory} has other files and no checkpoint.pt: choose another --logdir")
-        run = Run(config, playing.enter_context(contextlib.closing(make_env(config.game))))
-        with blaming(f"{path} cannot be used") if resume else contextlib.nullcontext():
+            raise UsageError(f"{directory} has files: {'add --resume or ' * path.exists()}change --logdir")
+        run = Run(config, playing.enter_context(make_env(config.game)))
+        with blaming(f"{path} cannot be used"):
             run.restore(past) if resume else run.save()  # from now on there is something to resume
         print(f"Hieros: {config.game}, preset {config.preset}, {config.levels} levels, on {config.device}, in"
-              f" {directory}" + f", resumed at step {run.step}" * resume)
+              f" {directory}" + f", resumed at step {run.step}" * resume + "; Ctrl+C saves, twice it does not")
         if run.step < config.steps and score.exists():  # that of the run before it was extended
             score.replace(directory / f"evaluation-step{run.step}.json")
         try:
@@ -773,11 +709,10 @@ def main(argv):
                 return 128 + number
             playing.close()  # of some emulators a process can have one only
             open(f"{score}.tmp", "wb").close()  # to know before playing that it can be written
-            summary = evaluation(config, run.agent, vars(run), config.eval_episodes, config.seed)
-            write_json(summary, score)  # first: there may be no terminal to print to
+            line = evaluation(config, run.agent, vars(run), config.eval_episodes, config.seed, score)
         except (OSError, UsageError) as error:
             raise UsageError(f"{error}; the last checkpoint is intact, go on with: {again}") from error
-    print(report(summary))
+    print(line)  # last: there may be no terminal to print to
     return 0
 
 

@@ -136,7 +136,8 @@ def agent(config, n):
             "last_50": float(np.mean([score for _, score in run.curve[-50:]]))}
 
 
-def main(task, out, n, seed, *rest):
+def main(argv):
+    task, out, n, seed, *rest = argv
     variants, flags = [[word for word in rest if (word in VARIANTS) == known] for known in (True, False)]
     for variant in variants:
         setattr(*VARIANTS[variant]())
@@ -153,5 +154,4 @@ def main(task, out, n, seed, *rest):
 
 
 if __name__ == "__main__":
-    train.keep_freed_memory()
-    main(*sys.argv[1:]) if len(sys.argv) > 4 else sys.exit(__doc__)
+    train.program(lambda argv: main(argv) if len(argv) > 3 else __doc__)

@@ -35,7 +35,7 @@ class Mind:
         self.dream = self.dream[:1]
         if not self.dream:
             self.memory, self.score = self.agent.initial_memory(1), 0.0
-            self.look(env_step(self.env.reset()[0], is_first=True))
+            self.look(env_step(self.env.reset()))
 
     def look(self, now):
         """All levels see a step of the game, and choose."""
@@ -56,7 +56,7 @@ class Mind:
             self.dream.append(level.world_model.imagine_step(self.dream[-1], action, self.discretised[0]))
         elif not self.dream and not self.now["is_last"][0]:
             held["action"] = held["action"] if self.agent_plays else action  # the model will be told of it
-            self.look(env_step(*self.env.step(int(held["action"].argmax()))))
+            self.look(env_step(self.env.step(int(held["action"].argmax()))))
 
     def draw(self):
         """A Pillow image: the game, and beside it what the model sees and expects."""

@@ -4,6 +4,7 @@ With the flags of train.py; --logdir says where profile.json goes. Cost in peak-
 update times the speed of a matrix product here in the same minute. Medians, after two updates to warm up.
 """
 
+import json
 import sys
 import time
 from pathlib import Path
@@ -72,10 +73,12 @@ def measure(run, updates=5):
             "projected_hours": seconds / 3600}
 
 
-if __name__ == "__main__":
-    train.keep_freed_memory()
-    config = train.make_config(given := train.parse_config(sys.argv[1:])[0])
+def main(argv):
+    config = train.make_config(given := train.parse_config(argv)[0])
     values = measure(train.Run(config, train.make_env(config.game))) | train.origin()
     if "logdir" in given:
-        Path(config.logdir).mkdir(parents=True, exist_ok=True)
-        train.write_json(values, Path(config.logdir) / "profile.json")
+        (Path(config.logdir) / "profile.json").write_text(json.dumps(values, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    train.program(main)

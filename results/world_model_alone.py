@@ -27,12 +27,11 @@ from world_model import WorldModel
 
 def random_play(config, env, rng):
     """config.warmup steps [{name: array (1,...)}], as the replay of level 0 holds them."""
-    steps, now = [], train.env_step(env.reset(seed=config.seed)[0], is_first=True)
+    steps, now = [], hierarchy.env_step(env.reset(seed=config.seed))
     for t in range(config.warmup):
         action = int(rng.integers(env.action_space.n)) if t % config.warmup_hold == 0 else action
-        steps.append(now | {"action": np.uint8([[action]])})
-        now = (train.env_step(env.reset()[0], is_first=True) if now["is_last"][0] else
-               train.env_step(*env.step(action)))
+        steps.append(now | {"reward": np.float32(now["reward"]), "action": np.uint8([[action]])})
+        now = hierarchy.env_step(env.reset() if now["is_last"][0] else env.step(action))
     return steps
 
 
