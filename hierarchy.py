@@ -248,8 +248,8 @@ class Level(nn.Module):
         states, actions = self.world_model.imagine(states, lambda state: self.policy(state, goal),
                                                    self.horizon)
 
-        # 3. What the states 1 ... horizon pay, (horizon,N) each. Novelty is the autoencoder's error on them. A
-        # flat agent has no use for an autoencoder.
+        # 3. What the states 1 ... horizon pay, (horizon,N) each. Novelty is the autoencoder's error on them;
+        # a flat agent has no use for it.
         pays = {"extrinsic": states.reward[1:]}
         if len(self.rewards) > 1:
             loss, pays["novelty"] = self.autoencoder.loss(states.h[1:])
