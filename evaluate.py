@@ -317,7 +317,7 @@ def writable(path, suffix):
 
 
 def parse(argv):
-    """The arguments of the command line. Raises UsageError, before any work, for what cannot succeed."""
+    """The arguments of the command line. What cannot succeed ends here, before any work."""
     parser = argparse.ArgumentParser(usage=argparse.SUPPRESS, epilog=__doc__, allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument

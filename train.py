@@ -10,7 +10,7 @@ examples:
   python train.py --game CartPole-v1 --preset debug      does it work at all? in under a minute
 
 exit codes: 0 done; 1 a loss was not finite; 2 the command, a file or your environment is wrong: the last line
-says what; 129, 130, 143 stopped by a signal (SIGHUP, Ctrl+C, SIGTERM), and saved
+says what; 129, 130, 143 stopped by a signal (SIGHUP, Ctrl+C, SIGTERM), and saved unless a second one came
 """
 
 import argparse
@@ -57,7 +57,7 @@ def setting(paper, low=-1e99, high=1e99, choices=None, **presets):
 @dataclasses.dataclass
 class Config:
     """Every setting of a run; each is a flag of the command line. Presets: `paper`, for Atari on a GPU, has
-    the values of Hieros unless the comment says otherwise. `cpu` is an hour of Atari on two cores: smaller
+    the values of Hieros unless the comment says otherwise. `cpu` is an hour of Atari on one core: smaller
     networks, a tenth of the updates, higher rates. `vector` is for observations that are no images, `debug`
     learns nothing in its minute."""
     # The run.
@@ -72,7 +72,7 @@ class Config:
     # Experience.
     warmup: int = setting(1000, 0, vector=2500, debug=300)  # agent steps before the first update
     warmup_hold: int = setting(1, 1, vector=4)  # steps for which each action is held before the first update
-    train_every: int = setting(1, 1, cpu=10, vector=6, debug=10)  # agent steps an update of level 0, see Run
+    train_every: int = setting(1, 1, cpu=10, vector=6, debug=10)  # agent steps an update of level 0
     batch_size: int = setting(16, 1, cpu=8, vector=8, debug=4)  # B, sequences in a batch
     batch_length: int = setting(64, 2, cpu=32, vector=32, debug=16)  # T, steps in a sequence
     replay_size: int = setting(100_000, 1, debug=2000)  # steps that level 0 keeps; level i k^i times fewer
@@ -150,7 +150,7 @@ def parse_config(argv):
 
 
 def make_config(given):
-    """The Config of the explicitly given values over the preset's. UsageError if a value makes no sense."""
+    """The Config of `given` over its preset's values, auto resolved. UsageError if a value makes no sense."""
     config = Config(**given)
     config.game = game_name(config.game)
     name = re.sub(r"[^\w.-]", "_", f"{config.game}-{config.seed}")
@@ -348,8 +348,8 @@ class Registered(gymnasium.Wrapper):
 
 def make_agent(config, env):
     """The agent of a Config for an environment's spaces, on the Config's device."""
-    # For the whole process: a GPU may shorten float32 to TF32, 10 bits of mantissa, in matrix products. The
-    # recurrence of S5, in which errors would add up, is no such product: it keeps all of its bits.
+    # These switches are the whole process's. TF32 shortens float32 to 10 bits of mantissa in matrix products.
+    # The recurrence of S5 is no such product and keeps all bits: in it errors would add up.
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = config.precision == "tf32"
     settings = vars(config) | {"memory": config.batch_length}
     model, behaviour = ({name: settings[name] for name in inspect.signature(kind).parameters
@@ -375,7 +375,7 @@ class Recorded:
             return self.update(batch)
         if self.graph is None:
             self.graph = torch.cuda.CUDAGraph()
-            # In it nothing is computed yet. It records what its own GPU is asked to do: --device cuda:1, too.
+            # Recording computes nothing. Only the current GPU is recorded, so it must be the batch's: cuda:1.
             with torch.cuda.device(batch["reward"].device), torch.cuda.graph(self.graph):
                 self.metrics = self.update(self.batch)
         for name, tensor in batch.items():
@@ -418,7 +418,7 @@ class Run:
         self.curve = []  # [agent step, return] of every finished episode
         self.commits = [origin()["commit"] + "+" * origin()["dirty"]]  # of all code that has trained it
         self.gathered = {}  # {level: {name: array (B,T,...)}}, see `batch`
-        self.measured = {}  # {(level, *names of metrics): [their values at an update]} since the last line
+        self.measured = {}  # {(level, *names of metrics): [their values, a tensor an update]} since last line
         self.seconds, self.logged = 0.0, 0  # wall time of training and step, at the last line of the log
         self.began, self.metrics = time.perf_counter(), self.directory / "metrics.jsonl"
         self.directory.mkdir(parents=True, exist_ok=True)
@@ -449,7 +449,7 @@ class Run:
 
     def learn(self):
         """One update of every level that is due and has enough to learn from. Level i is due k^i times more
-        rarely, as it acts: so each level draws what it has stored equally often."""
+        rarely, and stores k^i times more rarely: so a stored step is drawn equally often at every level."""
         c = self.config
         for i, (level, replay) in enumerate(zip(self.agent.levels, self.replays)):
             if self.step >= c.warmup and self.step % (c.train_every * c.k ** i) == 0 and replay.starts:
@@ -461,8 +461,8 @@ class Run:
                 self.updates[i] += 1
 
     def batch(self, i):
-        """A batch from the replay of level i, on the device. It is gathered where the last one was: `act`,
-        which comes between two draws, waits until a GPU has done all that it was asked for."""
+        """A batch from the replay of level i, on the device. On the CPU it takes the place of the last one.
+        That one has been copied to the GPU by then: `act` comes between two draws and waits for the GPU."""
         drawn = self.replays[i].sample(self.config.batch_size, self.gathered.get(i))
         if i not in self.gathered and self.config.device != "cpu":
             # From memory that is not pinned a copy to a GPU would wait for all updates before it.
@@ -675,7 +675,7 @@ def program(main):
 def main(argv):
     """A run from its command line to its score. Returns the exit code."""
     given, resume = parse_config(argv)
-    config = make_config(given)  # a wrong setting leaves no directory behind
+    config = make_config(given)  # first: a value out of range leaves no directory behind
     directory, again = Path(config.logdir), f"python train.py --logdir {shlex.quote(config.logdir)} --resume"
     path, score = directory / "checkpoint.pt", directory / "evaluation.json"
     directory.mkdir(parents=True, exist_ok=True)

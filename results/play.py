@@ -17,7 +17,8 @@ sys.path[0] = str(Path(__file__).parents[1])  # the project's root in place of r
 import torch
 
 from evaluate import draw_frame, load_run, state_image
-from train import UsageError, atari_games, blaming, env_step, make_env, program
+from hierarchy import env_step
+from train import UsageError, atari_games, blaming, make_env, program
 
 
 class Mind:
