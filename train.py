@@ -699,8 +699,8 @@ def main(argv):
         run = Run(config, playing.enter_context(make_env(config.game)))
         with blaming(f"{path} cannot be used"):
             run.restore(past) if resume else run.save()  # from now on there is something to resume
-        print(f"Hieros: {config.game}, preset {config.preset}, {config.levels} levels, on {config.device}, in"
-              f" {directory}" + f", resumed at step {run.step}" * resume + "; Ctrl+C saves, twice does not")
+        print(f"{config.game}, preset {config.preset}, {config.levels} levels, on {config.device}, in {directory}"
+              + f", resumed at step {run.step}" * resume + "; Ctrl+C saves and stops, twice stops at once")
         if run.step < config.steps and score.exists():  # that of the run before it was extended
             score.replace(directory / f"evaluation-step{run.step}.json")
         try:
