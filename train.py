@@ -699,7 +699,7 @@ def main(argv):
         run = Run(config, playing.enter_context(make_env(config.game)))
         with blaming(f"{path} cannot be used"):
             run.restore(past) if resume else run.save()  # from now on there is something to resume
-        print(f"{config.game}, preset {config.preset}, {config.levels} levels, on {config.device}, in {directory}"
+        print("{game}, preset {preset}, {levels} levels, on {device}, in {logdir}".format(**vars(config))
               + f", resumed at step {run.step}" * resume + "; Ctrl+C saves and stops, twice stops at once")
         if run.step < config.steps and score.exists():  # that of the run before it was extended
             score.replace(directory / f"evaluation-step{run.step}.json")
