@@ -16,7 +16,7 @@ Symbols (the same in every file; those of world_model.py beside these):
     L, k       number of levels; a level ticks every k ticks of the level below
     N          rollouts imagined side by side
     g, g_h     (N,8*8) subgoal code, 8 one-hots of 8 classes; (N,H) the same decoded into the level's h-space
-    R          rewards of a level: extrinsic, subgoal (not at the top), novelty (not at level 0)
+    R          number of rewards of a level: extrinsic, subgoal (not at the top), novelty (not at level 0)
 
 Papers: Hieros (Mattes et al. 2024, arXiv 2310.05167), Section 3.1, for the levels; Director (Hafner et al.
 2022, arXiv 2206.04114) for the subgoal autoencoder and the subgoal reward; DreamerV3 (Hafner et al. 2023,
@@ -47,13 +47,13 @@ def cosine_max(goal, h):
 
 
 def lambda_return(reward, discount, value, lam):
-    """R_t = r_{t+1} + d_{t+1} ((1 - lam) v_{t+1} + lam R_{t+1}), R_horizon = v_horizon (DreamerV3, "Critic
-    learning"). reward, discount, value: (horizon, ...) of states 1 ... horizon; returns R of 0 ... horizon-1.
+    """G_t = r_{t+1} + d_{t+1} ((1 - lam) v_{t+1} + lam G_{t+1}), G_horizon = v_horizon (DreamerV3, "Critic
+    learning"). reward, discount, value: (horizon, ...) of states 1 ... horizon; returns G of 0 ... horizon-1.
     """
-    R, returns = value[-1], []
+    G, returns = value[-1], []
     for r, d, v in zip(reward.flip(0), discount.flip(0), value.flip(0)):
-        R = r + d * ((1 - lam) * v + lam * R)
-        returns.append(R)
+        G = r + d * ((1 - lam) * v + lam * G)
+        returns.append(G)
     return torch.stack(returns).flip(0)
 
 
@@ -236,20 +236,20 @@ class Level(nn.Module):
         loss.backward()
         metrics["opt/model_grad_norm"] = self.optimisers["model"].step()
 
-        # 2. Imagine from the states of the batch. The goal is held fixed for the whole rollout, longer than k
-        # ticks: the next one cannot be known (as published). Nothing comes after a terminal state, so what is
-        # imagined from one has weight zero.
-        goal = onehot(batch["subgoal"], self.subgoal_shape[1]).flatten(-2).flatten(0, 1)  # (B*T,8*8)
+        # 2. Imagine from the states of the batch. The subgoal is held fixed for the whole rollout, longer
+        # than k ticks: the next one cannot be known (as published). Nothing comes after a terminal state, so
+        # what is imagined from one has weight zero.
+        subgoal = onehot(batch["subgoal"], self.subgoal_shape[1]).flatten(-2).flatten(0, 1)  # (B*T,8*8)
         states = states.map(lambda field: field.flatten(0, 1))  # (B*T,...)
         alive = 1 - batch["is_terminal"].flatten().float()
         if self.starts < len(alive):  # the rest is left out: (N,...)
             pick = torch.randperm(len(alive), device=alive.device)[:self.starts]
-            states, goal, alive = states.map(lambda field: field[pick]), goal[pick], alive[pick]
-        states, actions = self.world_model.imagine(states, lambda state: self.policy(state, goal),
+            states, subgoal, alive = states.map(lambda field: field[pick]), subgoal[pick], alive[pick]
+        states, actions = self.world_model.imagine(states, lambda state: self.policy(state, subgoal),
                                                    self.horizon)
 
-        # 3. What the states 1 ... horizon pay, (horizon,N) each. Novelty is the autoencoder's error on them;
-        # a flat agent has no use for it.
+        # 3. What the states 1 ... horizon pay, (horizon,N) each. Novelty is the error on them of the
+        # autoencoder, for which a flat agent has no use.
         pays = {"extrinsic": states.reward[1:]}
         if len(self.rewards) > 1:
             loss, pays["novelty"] = self.autoencoder.loss(states.h[1:])
@@ -258,11 +258,11 @@ class Level(nn.Module):
                         "opt/autoencoder_grad_norm": self.optimisers["autoencoder"].step()}
         if "subgoal" in self.rewards:
             with torch.no_grad():
-                pays["subgoal"] = cosine_max(self.autoencoder.decode(goal), states.h[1:])
+                pays["subgoal"] = cosine_max(self.autoencoder.decode(subgoal), states.h[1:])
         reward = torch.stack([pays[name] for name in self.rewards], -1)  # (horizon,N,R)
 
         # 4. Actor and critics.
-        feature = states.feature(goal.expand(len(states.h), -1, -1))  # (horizon+1,N,F)
+        feature = states.feature(subgoal.expand(len(states.h), -1, -1))  # (horizon+1,N,F)
         discount = self.gamma * states.cont[1:]  # (horizon,N)
         return metrics | self.update_behaviour(feature, actions, reward, discount, alive)
 
@@ -274,7 +274,7 @@ class Level(nn.Module):
 
         feature (horizon+1,N,F) of states 0 ... horizon; actions (horizon,N,A) taken in 0 ... horizon-1;
         reward (horizon,N,R) and discount (horizon,N) of states 1 ... horizon; alive (N,): 0 for rollouts that
-        start at an episode's end. Returns metrics.
+        start in a terminal state. Returns metrics.
         """
         twohot = self.critics.twohot
         logits = self.critics(feature)  # (horizon+1,N,R,bins): evaluated once, with gradients
@@ -283,7 +283,7 @@ class Level(nn.Module):
             returns = lambda_return(reward, discount[..., None], value[1:], self.lam)  # (horizon,N,R)
             scale = self.normaliser.update(returns)  # (R,): rewards of any size count by their weights
             advantage = ((returns - value[:-1]) / scale * self.weights).sum(-1)  # (horizon,N)
-            # w: gamma^t, and how likely it is that the episode has not ended before state t.
+            # w: gamma^t, and how likely it is that the episode goes on after state t.
             weight = torch.cumprod(torch.cat([alive[None], discount[:-1]]), 0)  # (horizon,N)
             slow_value = twohot.mean(self.slow_critics(feature[:-1]))  # (horizon,N,R)
 
@@ -294,7 +294,7 @@ class Level(nn.Module):
         actor_loss = -(weight * (log_p * advantage + self.entropy_scale * policy_entropy)).mean()
         # The slow copy holds the critic back, or it would chase its own bootstrapped predictions.
         critic_loss = twohot.loss(logits[:-1], returns) + twohot.loss(logits[:-1], slow_value)
-        # Without a weight a critic's work is never used: it must not take its share of the clipped gradient.
+        # The critic of a reward of weight 0 is never used: it must not take a share of the clipped gradient.
         critic_loss = (weight[..., None] * (self.weights > 0) * critic_loss).mean((0, 1))  # (R,)
         (actor_loss + critic_loss.sum()).backward()  # they share no parameter, so one pass serves both
         metrics = {f"opt/{name}_grad_norm": self.optimisers[name].step() for name in ("actor", "critic")}
@@ -343,7 +343,8 @@ class Hieros(nn.Module):
                 "reward": ((), np.float32), "is_first": ((), np.bool_), "is_last": ((), np.bool_),
                 "is_terminal": ((), np.bool_)})
             # The next level sees k states [z, symlog(h)] of this one. h is already a symlog; this is a second
-            # one, by which DreamerV3 treats every vector that is observed. The replay keeps z's classes.
+            # one, by which DreamerV3 treats every vector that is observed. The replay stores it as "h", and z
+            # by the numbers of its classes.
             stoch, classes = level.world_model.z_shape
             shape = (k * (stoch * classes + level.world_model.hidden),)
             stored = {"z": ((k, stoch), np.uint8), "h": ((k, level.world_model.hidden), np.float32)}
@@ -356,7 +357,7 @@ class Hieros(nn.Module):
             x, z = world.initial(n, device)
             memory["levels"].append({
                 "x": x, "z": z, "action": torch.zeros(n, world.action_size, device=device),
-                # The last k states [z, symlog(h)], oldest first: the second symlog of h.
+                # The last k states [z, symlog(h)], oldest first; see __init__.
                 "recent": torch.zeros(n, self.k, z.shape[1:].numel() + world.hidden, device=device),
                 "subgoal": torch.zeros(n, level.subgoal_shape[0] * level.subgoal_shape[1], device=device),
                 "reward": np.zeros(n, np.float32)})  # env rewards since the last tick
@@ -446,7 +447,7 @@ def _where(rows, new, old):
 def env_step(given):
     """What an environment's reset or step gave, as arrays of one environment: the arguments of Hieros.act."""
     is_first = len(given) == 2  # observation, info
-    observation, reward, terminated, truncated, _ = (given[0], 0.0, False, False, {}) if is_first else given
+    observation, reward, terminated, truncated = (given[0], 0.0, False, False) if is_first else given[:4]
     # A time limit is no death: only what is terminal has no future worth. (The published code takes both for
     # death, so an agent that survives learns that it will die.)
     return {"observation": observation[None], "reward": np.array([reward], float),

@@ -5,14 +5,14 @@ at steps i ... n, so by now it has been drawn 1/i + ... + 1/n ~ ln(n/i) times. T
 an agent that could do nothing, are used again and again, and the newest hardly at all.
 
 The remedy (Hieros, Section 3.3, arXiv 2310.05167). As a density over u = i/n the expected counts are -ln u,
-with the cumulative distribution F(u) = u (1 - ln u). For a uniform u, F(u) lies nearer to the new end. To
-draw there removes about half of the imbalance: the oldest tenth of all steps gets 1.8 times its fair share
-instead of 3.3, the newest 0.31 instead of 0.05. A temperature tau leads from uniform draws (0) to these (1):
+with the cumulative distribution F(u) = u (1 - ln u). For a uniform u, F(u) lies nearer to the new end. A
+temperature tau leads from uniform draws (0) to draws at F(u) (1). The oldest tenth of all steps gets 3.3
+times its fair share at tau 0, 2.6 at 0.3 (every preset), 1.8 at 1; the newest tenth gets 0.05, 0.07, 0.29:
 
     u ~ U(0,1)        position = tau u (1 - ln u) + (1 - tau) u        index = floor(position n)
 
 n is the number of start positions held *now*, and index 0 is the oldest of them. A draw costs O(1). (The
-published code divides by the capacity instead, so it draws almost uniformly; by default its ETBS is off.)
+published code scales by the capacity: it hardly draws the oldest 30%. By default its ETBS is off.)
 
 Symbols: T steps in a sequence, B sequences in a batch. Read hierarchy.py before, train.py after.
 """
@@ -99,8 +99,8 @@ class Replay:
     # A checkpoint must not rewrite what has not changed: `save` writes new steps only, in further files.
 
     def save(self, folder):
-        """Write the steps since the last `save` to folder/FROM-TO.npz. Its checkpoint is safe by now: files
-        whose steps had left the ring by then are deleted, and unfinished ones."""
+        """Write the steps since the last `save` to folder/FROM-TO.npz. The last save's checkpoint is
+        complete by now: files that it does not need are deleted, and unfinished ones."""
         folder.mkdir(parents=True, exist_ok=True)
         for path in [*folder.glob("*.tmp"), *(path for path, _, stop in self._files(folder)
                                               if stop <= self.saved - self.capacity)]:

@@ -146,7 +146,7 @@ class S5Layer(nn.Module):
         self.log_decay = nn.Parameter(torch.log(-Lambda.real).float())  # (P/2,)
         self.frequency = nn.Parameter(Lambda.imag.float())  # (P/2,)
         self.log_Delta = nn.Parameter(torch.empty(state_size // 2).uniform_(math.log(2 / memory), 0))
-        B_tilde, C_tilde = V.mH @ B.to(V.dtype), C.to(V.dtype) @ V  # V is unitary: V^-1 = V.mH
+        B_tilde, C_tilde = V.mH @ B.to(V.dtype), C.to(V.dtype) @ V  # V.mH: these rows of V^-1
         # White input drives a state of S5 to a deviation of about sqrt(Delta), so slow states would hardly be
         # noticed at first. Divided by the exact deviation, every state has unit variance at any Delta.
         Lambda_bar = torch.exp(Lambda * torch.exp(self.log_Delta.detach()))

@@ -88,7 +88,7 @@ class Config:
     depth: int = setting(24, 1, debug=8)  # channels of the first convolution
     first_stride: int = setting(2, choices=[2, 4], cpu=4, debug=4)  # of the first convolution, 4 to save cost
     sharpness: float = setting(10.0, 0)  # factor of the initial posterior's logits (Hieros: 1)
-    kl_warmup: int = setting(200, 0, vector=100, debug=20)  # updates without KL, which then rises (Hieros: 0)
+    kl_warmup: int = setting(200, 0, vector=100, debug=20)  # updates before the KL pulls at z (Hieros: 0)
     decoded: float = setting(1.0, 0, 1, cpu=0.25)  # share of a batch's observations that is decoded to learn
     # Behaviour.
     horizon: int = setting(16, 2, cpu=10, vector=15, debug=5)  # imagined steps

@@ -141,7 +141,7 @@ def kl_balance(q, p, share):
 
 class MLP(nn.Sequential):
     """`layers` times Linear -> LayerNorm -> SiLU, then a plain Linear. With zero_init this last one starts at
-    zero, so that an untrained head promises no reward."""
+    zero: at first it says the same of every input."""
 
     def __init__(self, inputs, outputs, units, layers, zero_init=False):
         hidden = []
@@ -218,7 +218,7 @@ class ImageDecoder(nn.Sequential):
 # ------------------------------------------------------------------------------------------------------------
 
 class State(NamedTuple):
-    """One state of a world model, or (B,T) or (horizon,N) of them: the fields share these dimensions."""
+    """One state of a world model, or (B,T) or (horizon+1,N) of them: the fields share these dimensions."""
     x: torch.Tensor        # (..., layers, P/2) complex  what the recurrence carries on
     z: torch.Tensor        # (..., 32, 32)               one-hot
     h: torch.Tensor        # (..., H)
@@ -280,8 +280,8 @@ class WorldModel(nn.Module):
         self.prior_head = MLP(hidden, stoch * classes, units, layers=1)
         self.twohot = TwoHot()
         # Reward and continue depend on the same events: one trunk serves both, at half the work. They start
-        # at the outcome of most steps: no reward, and the episode goes on. From zero their first gradients
-        # would be the largest of all, alike at every step, and could push z to a constant for good.
+        # at the outcome of most steps: no reward, and the episode goes on. With zero biases their first
+        # gradients would be the largest, alike at every step, and could push z to a constant for good.
         self.outcome_head = MLP(inputs, len(self.twohot.values) + 1, units, mlp_layers, zero_init=True)
         with torch.no_grad():
             self.outcome_head[-1].bias[:-1] = self.twohot.first_logits(zero=8.0)
@@ -376,7 +376,7 @@ class WorldModel(nn.Module):
             n = max(1, round(self.decoded * len(target)))
             pick = torch.randperm(len(target), device=target.device)[:n]
             target, some_z, some_h = target[pick], some_z[pick], some_h[pick]
-        # At higher levels the observation contains *samples* of z. The best prediction of a sample are its
+        # At higher levels the observation contains *samples* of z. A sample is best predicted by its
         # probabilities, so most of this error is noise: no decoder can reduce it.
         error = F.mse_loss(self.decode(some_z, some_h, normalised=True), self.normalise(target),
                            reduction="sum") / len(target)
