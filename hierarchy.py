@@ -29,8 +29,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from world_model import (MLP, TwoHot, WorldModel, entropy, log_prob, sample_onehot, straight_through, symlog,
-                         unimix)
+from world_model import (MLP, TwoHot, WorldModel, entropy, sample_onehot, straight_through, symlog, unimix)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -61,9 +60,8 @@ class ReturnNormaliser(nn.Module):
     """Scale of each reward's returns: a running mean of their 5-95 percentile range (DreamerV3), at least
     `floors` (R,). Without a floor, the noise of returns that are all alike would be blown up to full size."""
 
-    def __init__(self, floors, decay=0.99):
+    def __init__(self, floors):
         super().__init__()
-        self.decay = decay
         self.register_buffer("floors", torch.tensor(floors), persistent=False)
         self.register_buffer("percentiles", torch.tensor([0.05, 0.95]), persistent=False)
         self.register_buffer("range", torch.zeros(len(floors)))
@@ -73,8 +71,8 @@ class ReturnNormaliser(nn.Module):
         """Let the scale follow the returns (..., R) of one update. Returns the scale (R,) to divide by."""
         low, high = torch.quantile(returns.flatten(0, -2), self.percentiles, dim=0)
         self.updates += 1
-        # A plain mean at first: the initial zero is forgotten at once and not over 1/(1 - decay) updates.
-        self.range.lerp_(high - low, self.updates.reciprocal().clamp(min=1 - self.decay))
+        # A plain mean at first: the initial zero is forgotten at once and not over 100 updates.
+        self.range.lerp_(high - low, self.updates.reciprocal().clamp(min=0.01))
         return torch.maximum(self.range, self.floors)
 
 
@@ -220,7 +218,7 @@ class Level(nn.Module):
             o = batch["observation"]
             return o.movedim(-1, -3) / 255 if o.dtype == torch.uint8 else o
         # Class 0 stands for a state that was not there yet; it becomes zeros.
-        z = onehot(batch["z"], self.world_model.z_shape[1], first=1).flatten(-2)  # (B,T,k,Z)
+        z = onehot(batch["z"], self.world_model.z_shape[1], first=1).flatten(-2)  # (B,T,k,Z), Z = 32*32
         return torch.cat([z, batch["h"]], -1).flatten(-2)  # (B,T,k*(Z+H))
 
     def update(self, batch):
@@ -262,17 +260,18 @@ class Level(nn.Module):
         reward = torch.stack([pays[name] for name in self.rewards], -1)  # (horizon,N,R)
 
         # 4. Actor and critics.
-        feature = states.feature(subgoal.expand(len(states.h), -1, -1))  # (horizon+1,N,F)
+        feature = states.feature(subgoal.expand(len(states.h), -1, -1))  # (horizon+1,N,inputs)
         discount = self.gamma * states.cont[1:]  # (horizon,N)
         return metrics | self.update_behaviour(feature, actions, reward, discount, alive)
 
     def update_behaviour(self, feature, actions, reward, discount, alive):
         """One training step of actor and critics on imagined rollouts (DreamerV3, "Actor learning").
 
-            actor     -w (log pi(a) sg(A) + entropy_scale * entropy), A = sum of weight (return - v) / scale
-            critics    w (-log p(return) - log p(v_slow)),            one a reward, two-hot
+            advantage  sum of weight (return - v) / scale over the rewards
+            actor     -w (log pi(a) sg(advantage) + entropy_scale * entropy)
+            critics    w (-log p(return) - log p(v_slow)), one a reward, two-hot
 
-        feature (horizon+1,N,F) of states 0 ... horizon; actions (horizon,N,A) taken in 0 ... horizon-1;
+        feature (horizon+1,N,inputs) of states 0 ... horizon; actions (horizon,N,A) taken in 0 ... horizon-1;
         reward (horizon,N,R) and discount (horizon,N) of states 1 ... horizon; alive (N,): 0 for rollouts that
         start in a terminal state. Returns metrics.
         """
@@ -284,18 +283,18 @@ class Level(nn.Module):
             scale = self.normaliser.update(returns)  # (R,): rewards of any size count by their weights
             advantage = ((returns - value[:-1]) / scale * self.weights).sum(-1)  # (horizon,N)
             # w: gamma^t, and how likely it is that the episode goes on after state t.
-            weight = torch.cumprod(torch.cat([alive[None], discount[:-1]]), 0)  # (horizon,N)
+            w = torch.cumprod(torch.cat([alive[None], discount[:-1]]), 0)  # (horizon,N)
             slow_value = twohot.mean(self.slow_critics(feature[:-1]))  # (horizon,N,R)
 
         p = self.actor(feature[:-1])  # (horizon,N,n,classes)
         # The joint probability of n independent choices: their log-probabilities are summed.
-        log_p = log_prob(p, actions.unflatten(-1, self.action_shape))  # (horizon,N)
+        log_p = (p.log() * actions.unflatten(-1, self.action_shape)).sum((-2, -1))  # (horizon,N)
         policy_entropy = entropy(p)  # (horizon,N)
-        actor_loss = -(weight * (log_p * advantage + self.entropy_scale * policy_entropy)).mean()
+        actor_loss = -(w * (log_p * advantage + self.entropy_scale * policy_entropy)).mean()
         # The slow copy holds the critic back, or it would chase its own bootstrapped predictions.
         critic_loss = twohot.loss(logits[:-1], returns) + twohot.loss(logits[:-1], slow_value)
         # The critic of a reward of weight 0 is never used: it must not take a share of the clipped gradient.
-        critic_loss = (weight[..., None] * (self.weights > 0) * critic_loss).mean((0, 1))  # (R,)
+        critic_loss = (w[..., None] * (self.weights > 0) * critic_loss).mean((0, 1))  # (R,)
         (actor_loss + critic_loss.sum()).backward()  # they share no parameter, so one pass serves both
         metrics = {f"opt/{name}_grad_norm": self.optimisers[name].step() for name in ("actor", "critic")}
         with torch.no_grad():

@@ -90,9 +90,9 @@ class TwoHot(nn.Module):
         return -((1 - weight) * log_low + weight * log_high)
 
 
-def unimix(logits, share=0.01):
-    """Probabilities, `share` of them uniform (DreamerV3): no class is ever impossible, no KL infinite."""
-    return share / logits.shape[-1] + (1 - share) * torch.softmax(logits, -1)
+def unimix(logits):
+    """Probabilities, 1% of them uniform (DreamerV3): no class is ever impossible, no KL infinite."""
+    return 0.01 / logits.shape[-1] + 0.99 * torch.softmax(logits, -1)
 
 
 def sample_onehot(p):
@@ -115,11 +115,6 @@ def straight_through(p):
 def entropy(p):
     """Entropy in nats of categoricals (..., n, classes), none of p zero, summed over the n: (...)."""
     return -torch.xlogy(p, p).sum((-2, -1))
-
-
-def log_prob(p, sample):
-    """Log-probability of a one-hot sample of categoricals (..., n, classes), summed over the n: (...)."""
-    return (p.log() * sample).sum((-2, -1))
 
 
 def kl_balance(q, p, share):
