@@ -10,6 +10,7 @@ such a file it also prints the minutes until each run was above random play and 
 import argparse
 import json
 import sys
+from operator import itemgetter
 from pathlib import Path
 
 sys.path[0] = str(Path(__file__).parents[1])  # the project's root in place of results/
@@ -86,18 +87,20 @@ def main(argv):
     parser.add_argument("-o", default="curves.png", type=lambda path: writable(path, ".png"))
     args = parser.parse_args(argv)
     games = args.paths[0].endswith(".jsonl")  # or else runs
-    with blaming("no curves (they need matplotlib)"):
+    with blaming("no curves without matplotlib"):
         from matplotlib.figure import Figure
         from PIL import Image
+    with blaming("no runs, or no file of their results"):
         texts = [Path(path if games else f"{path}/metrics.jsonl").read_text() for path in args.paths]
         # A run in progress may have written half of its last line.
         lines = [[json.loads(line) for line in text.splitlines() if line[-1:] == "}"] for text in texts]
-    for run in sorted(sum(lines, []), key=lambda run: (run["game"], run["levels"])) if games else ():
+        runs = sorted(sum(lines, []), key=itemgetter("game", "levels", "seed")) if games else []
+    for run in runs:
         if run["human"] is not None:
             print("{game}, levels {levels}, seed {seed}: minutes to random play, to the human:".format(**run),
                   *("never" if minutes is None else minutes for minutes in ladder(run)))
     figure = Figure((13, 7.5), layout="constrained")
-    labels = draw_games(figure, sum(lines, [])) if games else draw_runs(figure, dict(zip(args.paths, lines)))
+    labels = draw_games(figure, runs) if games else draw_runs(figure, dict(zip(args.paths, lines)))
     figure.legend(labels.values(), labels.keys(), loc="outside upper center", ncols=6, fontsize=9)
     figure.savefig(args.o, dpi=90)
     Image.open(args.o).convert("RGB").quantize(64).save(args.o)  # a third of the size

@@ -4,7 +4,7 @@
 #   tests    those that need a GPU: pytest -m gpu
 #   profile  what an update costs and how long a whole run would take: results/profile.py
 #   train    with `--preset paper --train_every 4`; when its minutes are over it is stopped, which saves it
-#   score    16 episodes: evaluate.py
+#   score    16 episodes: evaluate.py; a training that came to its end has a score of its own
 #   export   the agent without what only learning needs: results/export.py
 #
 # What is worth carrying home, some MB, goes to runs/gpu-GAME-home: log.txt, profile.json, metrics.jsonl,
@@ -32,7 +32,7 @@ step profile 0 python results/profile.py --game "$game" "${flags[@]}" --logdir "
 # --foreground: else timeout signals the group as well, and a second signal ends a run at once, unsaved.
 step train 124 timeout --foreground -s TERM "${minutes}m" \
     python train.py --game "$game" "${flags[@]}" --logdir "$run" --resume
-step score 0 python evaluate.py "$run" --episodes 16 --json "$run/evaluation.json"
+[[ -f $run/evaluation.json ]] || step score 0 python evaluate.py "$run" --episodes 16 --json "$run/evaluation.json"
 step export 0 python results/export.py "$run" "$home/agent"
 cp "$run/metrics.jsonl" "$run/evaluation.json" "$home" || failed+=" copy"
 echo "${failed:+failed:$failed; }to carry home ($(du -sh "$home" | cut -f1)): $home"

@@ -84,4 +84,5 @@ def main(agent, seed, steps, task="key_door"):
 
 
 if __name__ == "__main__":
-    train.program(lambda argv: main(*argv) if len(argv) in (3, 4) and argv[0] in AGENTS else __doc__)
+    train.program(lambda argv: main(*argv) if len(argv) in (3, 4)
+                  and argv[0] in AGENTS and "".join(argv[1:3]).isdigit() else __doc__)

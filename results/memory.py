@@ -136,8 +136,12 @@ def agent(config, n):
             "last_50": float(np.mean([score for _, score in run.curve[-50:]]))}
 
 
+TASKS = {"alone": alone, "agent": agent}
+
+
 def main(argv):
     task, out, n, seed, *rest = argv
+    open(out, "a").close()  # to know before the training that it can be written
     variants, flags = [[word for word in rest if (word in VARIANTS) == known] for known in (True, False)]
     for variant in variants:
         setattr(*VARIANTS[variant]())
@@ -147,11 +151,11 @@ def main(argv):
             "--logdir", directory, "--save_every", str(10 ** 9), *flags])[0])
         torch.manual_seed(config.seed)
         line = {"task": task, "n": int(n), "variants": variants, "flags": flags, "seed": config.seed,
-                **{"alone": alone, "agent": agent}[task](config, int(n)), **train.origin()}
+                **TASKS[task](config, int(n)), **train.origin()}
     with open(out, "a") as file:
         file.write(json.dumps(line) + "\n")
     print(json.dumps(line))
 
 
 if __name__ == "__main__":
-    train.program(lambda argv: main(argv) if len(argv) > 3 else __doc__)
+    train.program(lambda argv: main(argv) if len(argv) > 3 and argv[0] in TASKS else __doc__)

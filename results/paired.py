@@ -15,7 +15,7 @@ sys.path[0] = str(Path(__file__).parents[1])  # the project's root in place of r
 import numpy as np
 
 from evaluate import load_results
-from train import program, read_published
+from train import UsageError, program, read_published
 
 
 def sign_test(wins, losses):
@@ -52,10 +52,10 @@ def compare(first, second):
 
 def main(*files):
     """Print all comparisons, the groups with more levels first."""
-    groups = [*load_results(files).values()]
-    for first, second in itertools.combinations(reversed(groups), 2):
-        if lines := compare(first, second):
-            print(*lines, sep="\n", end="\n\n")
+    pairs = itertools.combinations(reversed(load_results(files).values()), 2)
+    if not (found := list(filter(None, itertools.starmap(compare, pairs)))):
+        raise UsageError("no two groups that differ in one setting and share a run")
+    print("\n\n".join("\n".join(lines) for lines in found))
 
 
 if __name__ == "__main__":

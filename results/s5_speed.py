@@ -69,6 +69,8 @@ def draw(rows, path):
 
 
 if __name__ == "__main__":
+    if sys.argv[1:] and not sys.argv[1].endswith(".png"):
+        sys.exit(__doc__)
     torch.manual_seed(0)
     measured = measure([16 * 4 ** i for i in range(6 if sys.argv[1:] else 4)])
     draw(measured, sys.argv[1]) if sys.argv[1:] else None
