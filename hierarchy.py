@@ -456,8 +456,8 @@ def env_step(given):
 
 def small(levels=3, observation_shape=(4,), actions=3, **behaviour):
     """A small agent for demonstrations and tests."""
-    model = dict(stoch=8, classes=8, hidden=64, state_size=32, s5_layers=2, memory=64, units=64, mlp_layers=1,
-                 depth=24, first_stride=2, sharpness=1.0, kl_warmup=0, decoded=1.0)
+    model = dict(stoch=8, classes=8, hidden=64, state_size=32, s5_layers=2, batch_length=64, units=64,
+                 mlp_layers=1, depth=24, first_stride=2, sharpness=1.0, kl_warmup=0, decoded=1.0)
     weights = {"extrinsic": 1.0, "subgoal": 0.3, "novelty": 0.1}
     usual = dict(horizon=16, starts=1024, gamma=0.997, lam=0.95, entropy_scale=3e-4, slow=0.02, model_lr=1e-4,
                  encoder_lr=1e-4, actor_lr=3e-5, critic_lr=3e-5, autoencoder_lr=1e-4)

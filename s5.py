@@ -125,8 +125,8 @@ class S5Layer(nn.Module):
     state_size P must be a multiple of 2 * blocks, else ValueError. The initial Lambda is `blocks` copies of
     the eigenvalues of a small HiPPO-N matrix (J in S5, Appendix B), all with decay 1/2.
 
-    memory: steps in a training sequence. A state with decay 1/2 forgets over 2/Delta steps. Delta starts
-    log-uniform in [2/memory, 1], which makes them 2 to `memory` steps; S5's own Delta makes them 20 to 2,000.
+    T: steps in a training sequence. A state with decay 1/2 forgets over 2/Delta steps. Delta starts
+    log-uniform in [2/T, 1], which makes them 2 to T steps; S5's own Delta makes them 20 to 2,000.
     A training sequence begins with a state of zeros, and states slower than the sequence remain small in it.
     While acting they would go on growing with the episode, to numbers that the next layer never saw.
 
@@ -134,7 +134,7 @@ class S5Layer(nn.Module):
     looks like a slower turn. A start without such states imagines no better (results/README.md).
     """
 
-    def __init__(self, features, state_size, memory, blocks=4):
+    def __init__(self, features, state_size, T, blocks=4):
         super().__init__()
         if state_size % (2 * blocks):
             raise ValueError(f"state_size {state_size} is not a multiple of 2 * blocks = {2 * blocks}")
@@ -145,7 +145,7 @@ class S5Layer(nn.Module):
         # Re(Lambda) = -exp(log_decay) < 0 by construction: no optimiser step can make the recurrence explode.
         self.log_decay = nn.Parameter(torch.log(-Lambda.real).float())  # (P/2,)
         self.frequency = nn.Parameter(Lambda.imag.float())  # (P/2,)
-        self.log_Delta = nn.Parameter(torch.empty(state_size // 2).uniform_(math.log(2 / memory), 0))
+        self.log_Delta = nn.Parameter(torch.empty(state_size // 2).uniform_(math.log(2 / T), 0))
         B_tilde, C_tilde = V.mH @ B.to(V.dtype), C.to(V.dtype) @ V  # V.mH: these rows of V^-1
         # White input drives a state of S5 to a deviation of about sqrt(Delta), so slow states would hardly be
         # noticed at first. Divided by the exact deviation, every state has unit variance at any Delta.
@@ -191,10 +191,10 @@ class S5Layer(nn.Module):
 class S5Block(nn.Module):
     """u + y sigmoid(W y), y = GELU(S5Layer(LayerNorm(u))) (S5). The nonlinearity stands outside the scan."""
 
-    def __init__(self, features, state_size, memory):
+    def __init__(self, features, state_size, T):
         super().__init__()
         self.norm = nn.LayerNorm(features)
-        self.s5 = S5Layer(features, state_size, memory)
+        self.s5 = S5Layer(features, state_size, T)
         self.gate = nn.Linear(features, features)
 
     def _gated(self, u, y):
@@ -215,9 +215,9 @@ class S5Block(nn.Module):
 class S5Stack(nn.Module):
     """Several S5Blocks. Its state (B,layers,P/2) holds every layer's; the world model reads h from it."""
 
-    def __init__(self, features, state_size, layers, memory):
+    def __init__(self, features, state_size, layers, T):
         super().__init__()
-        self.blocks = nn.ModuleList(S5Block(features, state_size, memory) for _ in range(layers))
+        self.blocks = nn.ModuleList(S5Block(features, state_size, T) for _ in range(layers))
         self.features, self.state_shape = features, (layers, state_size // 2)
 
     def discretise(self):
@@ -254,7 +254,7 @@ if __name__ == "__main__":  # a demonstration: parallel = recurrent, and what le
     from time import perf_counter
 
     torch.manual_seed(0)
-    H, stack, gru = 128, S5Stack(128, 64, 2, memory=64), nn.GRU(128, 128, 2, batch_first=True)
+    H, stack, gru = 128, S5Stack(128, 64, 2, T=64), nn.GRU(128, 128, 2, batch_first=True)
     attention = nn.TransformerEncoder(nn.TransformerEncoderLayer(H, 4, H, dropout=0, batch_first=True), 2)
     u, reset = torch.randn(4, 64, H), torch.rand(4, 64) < 0.05
     m, x = stack(u, reset)[0], torch.zeros(4, *stack.state_shape, dtype=torch.cfloat)

@@ -168,12 +168,12 @@ def test_block_is_norm_s5_gelu_gate_residual():
     assert torch.allclose(block(u, reset)[0], u + y * torch.sigmoid(block.gate(y)), atol=1e-6)
 
 
-@pytest.mark.parametrize("memory", [16, 64])
-def test_states_are_as_large_within_a_training_sequence_as_ever_after(memory):
-    """White input of unit variance drives every state to a variance near one. `memory` steps from zero reach
+@pytest.mark.parametrize("T", [16, 64])
+def test_states_are_as_large_within_a_training_sequence_as_ever_after(T):
+    """White input of unit variance drives every state to a variance near one. T steps from zero reach
     86% of it, so acting over whole episodes meets no larger states than training has shown."""
-    layer = S5Layer(64, 128, memory)
-    missing = layer.discretise()[0].abs() ** (2 * memory)  # share of its variance that a state lacks by then
+    layer = S5Layer(64, 128, T)
+    missing = layer.discretise()[0].abs() ** (2 * T)  # share of its variance that a state lacks by then
     assert np.exp(-4) < missing.max() < np.exp(-2) + 1e-5  # the slowest state needs all of the sequence
     _, x = layer(torch.randn(8, 2000, 64), torch.zeros(8, 2000, dtype=torch.bool))
     variance = x[:, 500:].abs().square().mean((0, 1)).detach()
@@ -182,8 +182,8 @@ def test_states_are_as_large_within_a_training_sequence_as_ever_after(memory):
 
 # ---- world_model.py ----------------------------------------------------------------------------------------
 
-TINY = dict(stoch=4, classes=8, hidden=32, state_size=16, s5_layers=2, memory=64, units=32, mlp_layers=1,
-            depth=4, first_stride=4, sharpness=1.0, kl_warmup=0, decoded=1.0, scaled=False)
+TINY = dict(stoch=4, classes=8, hidden=32, state_size=16, s5_layers=2, batch_length=64, units=32,
+            mlp_layers=1, depth=4, first_stride=4, sharpness=1.0, kl_warmup=0, decoded=1.0, scaled=False)
 BEHAVIOUR = dict(horizon=3, starts=8, gamma=0.9, lam=0.8, entropy_scale=0.05, slow=0.02, model_lr=0.0,
                  encoder_lr=0.0, actor_lr=0.05, critic_lr=0.05, autoencoder_lr=0.0)
 

@@ -235,10 +235,10 @@ class WorldModel(nn.Module):
     """S5WM for observations of `observation_shape`, (3,64,64) or (D,), one-hot actions (..., action_size).
 
     stoch, classes: categoricals in z, classes of each. hidden: H, the size of h and the features of the S5
-    layers. state_size, s5_layers, memory: P, the S5 layers, the steps in a training sequence. units,
-    mlp_layers: of the MLPs. depth, first_stride: of the CNN, where the observation is an image. sharpness: a
-    factor of the first posterior's logits. kl_warmup, decoded: see `loss`. scaled: see `normalise`. Raises
-    ValueError for another observation_shape.
+    layers. state_size, s5_layers, batch_length: P, the S5 layers, T. units, mlp_layers: of the MLPs. depth,
+    first_stride: of the CNN, where the observation is an image. sharpness: a factor of the first posterior's
+    logits. kl_warmup, decoded: see `loss`. scaled: see `normalise`. Raises ValueError for another
+    observation_shape.
     """
 
     # Sum of the variances of a scaled vector, chosen such that the four numbers of CartPole have a deviation
@@ -246,7 +246,7 @@ class WorldModel(nn.Module):
     VARIANCE = 40.0
 
     def __init__(self, observation_shape, action_size, *, stoch, classes, hidden, state_size, s5_layers,
-                 memory, units, mlp_layers, depth, first_stride, sharpness, kl_warmup, decoded, scaled):
+                 batch_length, units, mlp_layers, depth, first_stride, sharpness, kl_warmup, decoded, scaled):
         super().__init__()
         self.observation_shape, self.action_size = tuple(observation_shape), action_size
         self.z_shape, self.hidden = (stoch, classes), hidden
@@ -270,7 +270,7 @@ class WorldModel(nn.Module):
         self.unit = math.sqrt(self.VARIANCE / math.prod(self.observation_shape)) if scaled else 1.0
         self.register_buffer("updates", torch.zeros(()))
         self.inputs = nn.Linear(stoch * classes + action_size, hidden)
-        self.sequence = S5Stack(hidden, state_size, s5_layers, memory)
+        self.sequence = S5Stack(hidden, state_size, s5_layers, batch_length)
         self.h_from_x = nn.Linear(2 * math.prod(self.sequence.state_shape), hidden)
         self.prior_head = MLP(hidden, stoch * classes, units, layers=1)
         self.twohot = TwoHot()
@@ -439,7 +439,7 @@ class WorldModel(nn.Module):
 if __name__ == "__main__":  # a demonstration: a dot runs round a ring; which way, the action decides
     torch.manual_seed(0)
     size, T, first = 8, 16, torch.arange(16).eq(0).expand(16, 16)
-    model = WorldModel((size,), 2, stoch=4, classes=8, hidden=64, state_size=32, s5_layers=2, memory=T,
+    model = WorldModel((size,), 2, stoch=4, classes=8, hidden=64, state_size=32, s5_layers=2, batch_length=T,
                        units=64, mlp_layers=2, depth=0, first_stride=2, sharpness=1, kl_warmup=0, decoded=1,
                        scaled=False)
     optimiser = torch.optim.Adam(model.parameters(), 3e-3)

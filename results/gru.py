@@ -24,7 +24,7 @@ class GRUStack(nn.Module):
     features, which must be even; it is real, and kept in complex numbers only because an S5 state is.
     """
 
-    def __init__(self, features, _, layers, memory=None):
+    def __init__(self, features, _, layers, T):
         super().__init__()
         if features % 2:
             raise train.UsageError(f"--hidden {features} must be even: pairs of numbers make a complex one")

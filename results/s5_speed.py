@@ -31,7 +31,7 @@ def milliseconds(work, repeats=3):
 
 def measure(lengths):
     """Rows [T, training of each of NAMES, one step of each], printed as they come."""
-    stack, gru = S5Stack(H, 64, 2, memory=64), nn.GRU(H, H, 2, batch_first=True)
+    stack, gru = S5Stack(H, 64, 2, T=64), nn.GRU(H, H, 2, batch_first=True)
     attention = nn.ModuleList(nn.ModuleList([nn.Linear(H, 3 * H), nn.Linear(H, H)]) for _ in range(2))
 
     def attend(u, cache=None):  # causal; with a cache of keys and values, u is one new step
