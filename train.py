@@ -351,8 +351,9 @@ def make_agent(config, env):
     # These switches are the whole process's. TF32 shortens float32 to 10 bits of mantissa in matrix products.
     # The recurrence of S5 is no such product and keeps all bits: in it errors would add up.
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = config.precision == "tf32"
-    model, behaviour = ({name: vars(config)[name] for name in inspect.signature(kind).parameters
-                         if name in vars(config)} for kind in (WorldModel, Level))
+    settings = vars(config)
+    model, behaviour = ({name: settings[name] for name in inspect.signature(kind).parameters
+                         if name in settings} for kind in (WorldModel, Level))
     weights = {name: settings[name + "_weight"] for name in ("extrinsic", "subgoal", "novelty")}
     with torch.device(config.device):
         return Hieros(env.observation_space.shape, int(env.action_space.n), config.levels, config.k,

@@ -4,6 +4,7 @@ Level 0 plays 5,000 steps. A line of JSON a run:
 
     value, return     the critic's value of the game's reward; the discounted rewards that came
     dreamt, real      rewards of a dream of `horizon` steps from each state; rewards of the next steps
+    seen              correlation of the expected with the real reward of one and the same step
     dreamt_ahead      correlation of one dreamt reward with the real one n steps after the state: {n: ...}
     told_ahead        the same of dreams that are told the real actions: the world model without the actor
     policy, rewarded  entropy of the policy, 1 if uniform; share of the steps that bring a reward
@@ -66,7 +67,7 @@ def measure(directory, steps=5000, ahead=(1, 2, 3, 5, 10)):
     known = np.arange(steps) < steps - 3 / (1 - config.gamma)  # later ones' returns were cut off
     result = {"run": Path(directory).name, "step": past["step"], "commits": past["commits"],
               "policy": float(entropy(level.actor(feature)).mean() / np.log(level.action_shape[1])),
-              "rewarded": float(np.mean(reward != 0))}
+              "rewarded": float(np.mean(reward != 0)), "seen": correlation(states.reward.numpy(), reward)}
     for a, b, pair in ("value", "return", (value[known], to_come(reward, last, config.gamma)[known])), (
             "dreamt", "real", [each[inside[:, H - 1], :H].sum(1) for each in (dreamt, real)]):
         result |= {a: float(pair[0].mean()), b: float(pair[1].mean()),
